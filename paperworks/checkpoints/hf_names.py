@@ -1,0 +1,95 @@
+"""Hugging Face's tensor names against ours, by model_type."""
+
+from collections.abc import Iterator
+
+from paperworks.checkpoints.layout import Codec, HeadInterleaved, Rule, Stacked
+from paperworks.models import Decoder
+from paperworks.nn import Attention
+
+
+# Tensors that files and releases of the library name differently.
+ALIASES = {"embed_out.weight": ("lm_head.weight",)}  # GPT-NeoX: its files, and the module since transformers 5
+
+
+def rules(kind: str, spec: Decoder) -> list[Rule]:
+    """Return the rules of a model_type for a model of this spec."""
+    return list({"gpt2": _gpt2, "gpt_neox": _neox}.get(kind, _llama_line)(kind, spec))
+
+
+def ignorable(name: str) -> bool:
+    """Return whether a tensor holds nothing that is learned: masks and rotary tables that old files carry."""
+    return name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "inv_freq"))
+
+
+def _llama_line(kind: str, spec: Decoder) -> Iterator[Rule]:
+    yield Rule("model.embed_tokens.weight", ("embedding.weight",))
+    yield Rule("model.norm.weight", ("norm.weight",))
+    yield Rule("lm_head.weight", ("unembedding.weight",), optional=spec.tied)
+    norms = {"mixer_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm"}
+    if kind == "gemma2":
+        norms = {
+            "mixer_norm": "input_layernorm",
+            "mixer_post_norm": "post_attention_layernorm",
+            "feedforward_norm": "pre_feedforward_layernorm",
+            "feedforward_post_norm": "post_feedforward_layernorm",
+        }
+    if kind == "phi3":
+        linears = {
+            "self_attn.qkv_proj": ("mixer.query", "mixer.key", "mixer.value"),
+            "mlp.gate_up_proj": ("feedforward.gate", "feedforward.up"),
+        }
+    else:
+        linears = {f"self_attn.{name[0]}_proj": (f"mixer.{name}",) for name in ("query", "key", "value")}
+        linears |= {f"mlp.{name}_proj": (f"feedforward.{name}",) for name in ("gate", "up")}
+    linears |= {"self_attn.o_proj": ("mixer.output",), "mlp.down_proj": ("feedforward.down",)}
+    for layer in range(spec.depth):
+        theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
+        for name, other in norms.items():
+            yield Rule(f"{theirs}.{other}.weight", (f"{ours}.{name}.weight",))
+        for other, names in linears.items():
+            yield from _linear(f"{theirs}.{other}", [f"{ours}.{name}" for name in names])
+
+
+def _gpt2(kind: str, spec: Decoder) -> Iterator[Rule]:
+    yield Rule("transformer.wte.weight", ("embedding.weight",))
+    yield Rule("transformer.wpe.weight", ("position.weight",))
+    yield Rule("lm_head.weight", ("unembedding.weight",), optional=spec.tied)
+    yield from _layer_norm("transformer.ln_f", "norm")
+    transposed = Stacked(transposed=True)
+    for layer in range(spec.depth):
+        theirs, ours = f"transformer.h.{layer}", f"blocks.{layer}"
+        yield from _layer_norm(f"{theirs}.ln_1", f"{ours}.mixer_norm")
+        yield from _layer_norm(f"{theirs}.ln_2", f"{ours}.feedforward_norm")
+        fused = [f"{ours}.mixer.{name}" for name in ("query", "key", "value")]
+        yield from _linear(f"{theirs}.attn.c_attn", fused, transposed)
+        yield from _linear(f"{theirs}.attn.c_proj", [f"{ours}.mixer.output"], transposed)
+        yield from _linear(f"{theirs}.mlp.c_fc", [f"{ours}.feedforward.up"], transposed)
+        yield from _linear(f"{theirs}.mlp.c_proj", [f"{ours}.feedforward.down"], transposed)
+
+
+def _neox(kind: str, spec: Decoder) -> Iterator[Rule]:
+    yield Rule("gpt_neox.embed_in.weight", ("embedding.weight",))
+    yield Rule("embed_out.weight", ("unembedding.weight",), optional=spec.tied)
+    yield from _layer_norm("gpt_neox.final_layer_norm", "norm")
+    for layer, block in enumerate(spec.blocks):
+        assert isinstance(block.mixer, Attention)
+        theirs, ours = f"gpt_neox.layers.{layer}", f"blocks.{layer}"
+        yield from _layer_norm(f"{theirs}.input_layernorm", f"{ours}.mixer_norm")
+        yield from _layer_norm(f"{theirs}.post_attention_layernorm", f"{ours}.feedforward_norm")
+        interleaved = HeadInterleaved(block.mixer.heads)
+        fused = [f"{ours}.mixer.{name}" for name in ("query", "key", "value")]
+        yield Rule(f"{theirs}.attention.query_key_value.weight", tuple(f"{name}.weight" for name in fused), interleaved)
+        yield Rule(f"{theirs}.attention.query_key_value.bias", tuple(f"{name}.bias" for name in fused), interleaved)
+        yield from _linear(f"{theirs}.attention.dense", [f"{ours}.mixer.output"])
+        yield from _linear(f"{theirs}.mlp.dense_h_to_4h", [f"{ours}.feedforward.up"])
+        yield from _linear(f"{theirs}.mlp.dense_4h_to_h", [f"{ours}.feedforward.down"])
+
+
+def _layer_norm(theirs: str, ours: str) -> Iterator[Rule]:
+    yield Rule(f"{theirs}.weight", (f"{ours}.weight",))
+    yield Rule(f"{theirs}.bias", (f"{ours}.bias",))
+
+
+def _linear(theirs: str, ours: list[str], codec: Codec = Stacked()) -> Iterator[Rule]:  # noqa: B008  (frozen)
+    yield Rule(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), codec)
+    yield Rule(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), Stacked())

@@ -1,0 +1,185 @@
+"""How another layout's tensors correspond to ours: rules that read both ways, and the import that follows them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paperworks.errors import CorruptFile
+from paperworks.models import Decoder, DecoderModel
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be looked at before they are read."""
+
+    def keys(self) -> Iterable[str]:
+        """Return the names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor."""
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor."""
+
+
+class Codec(ABC):
+    """One tensor of theirs against one or more of ours."""
+
+    @abstractmethod
+    def split(self, theirs: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Return our tensors, which should have `shapes`."""
+
+    @abstractmethod
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Return their tensor."""
+
+
+@dataclass(frozen=True)
+class Stacked(Codec):
+    """Ours are blocks of rows of theirs; one of them is the plain case. `transposed`: theirs is stored (in, out)."""
+
+    transposed: bool = False
+
+    def split(self, theirs: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Cut into rows."""
+        theirs = theirs.t() if self.transposed else theirs
+        return list(theirs.split([shape[0] for shape in shapes])) if len(shapes) > 1 else [theirs]
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Stack the rows."""
+        stacked = torch.cat(list(ours)) if len(ours) > 1 else ours[0]
+        return stacked.t() if self.transposed else stacked
+
+
+@dataclass(frozen=True)
+class HeadInterleaved(Codec):
+    """Rows ordered (head, [query, key, value], channel), as in GPT-NeoX's query_key_value."""
+
+    heads: int
+
+    def split(self, theirs: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Gather each part's rows."""
+        parts = theirs.unflatten(0, (self.heads, len(shapes), -1))
+        return [parts[:, index].flatten(0, 1) for index in range(len(shapes))]
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Interleave the parts head by head."""
+        return torch.stack([part.unflatten(0, (self.heads, -1)) for part in ours], 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class RotaryPermuted(Codec):
+    """Rows of a head ordered for adjacent-pair rotation (GGUF's llama), ours for half-split rotation."""
+
+    heads: int
+
+    def split(self, theirs: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Bring the first and the second channel of each pair to the two halves of the head."""
+        return [theirs.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)]
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Put the channels of each pair side by side."""
+        return ours[0].unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Shifted(Codec):
+    """Theirs is ours plus a constant (GGUF stores Gemma's gains with the 1 added)."""
+
+    by: float
+
+    def split(self, theirs: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Subtract the constant."""
+        return [theirs - self.by]
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Add the constant."""
+        return ours[0] + self.by
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Their tensor `theirs` holds our tensors `ours`; `optional` if a file may leave it out."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    codec: Codec = Stacked()  # noqa: RUF009  (frozen)
+    optional: bool = False
+
+
+def build_empty(spec: Decoder) -> DecoderModel:
+    """Build a model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return spec.build()
+
+
+def import_weights(
+    spec: Decoder,
+    source: TensorSource,
+    rules: Sequence[Rule],
+    *,
+    dtype: torch.dtype | None = None,
+    ignorable: Callable[[str], bool] = lambda name: False,
+    origin: str = "the checkpoint",
+) -> DecoderModel:
+    """Build the model and fill it from `source`, tensor by tensor, so that memory holds the model once.
+
+    Raises:
+        CorruptFile: listing at once everything that is missing, unexpected or of another shape (both shapes given).
+    """
+    names = set(source.keys())
+    if spec.depth > max(len(names), 1):
+        raise CorruptFile(f"{origin} describes {spec.depth} blocks but holds only {len(names)} tensors")
+    model = build_empty(spec)
+    wanted = model.state_dict()
+    rules = [rule for rule in rules if all(name in wanted for name in rule.ours)]
+    problems = _mismatches(rules, source, names, wanted, ignorable)
+    if problems:
+        listing = "\n  ".join(problems[:30]) + (f"\n  ... and {len(problems) - 30} more" if len(problems) > 30 else "")
+        raise CorruptFile(f"{origin} does not fit its own description:\n  {listing}")
+    for rule in rules:
+        if rule.theirs not in names:
+            continue
+        shapes = [wanted[name].shape for name in rule.ours]
+        for name, tensor in zip(rule.ours, rule.codec.split(source.load(rule.theirs), shapes), strict=True):
+            set_parameter(model, name, tensor.to(dtype or tensor.dtype).contiguous())
+    if spec.tied:
+        model.unembedding.weight = model.embedding.weight
+    return model.eval()
+
+
+def set_parameter(model: nn.Module, path: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter at `path`."""
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent).register_parameter(name, nn.Parameter(tensor))
+
+
+def _mismatches(
+    rules: Sequence[Rule],
+    source: TensorSource,
+    names: set[str],
+    wanted: Mapping[str, Tensor],
+    ignorable: Callable[[str], bool],
+) -> list[str]:
+    problems = []
+    for rule in rules:
+        ours = [torch.empty(wanted[name].shape, device="meta") for name in rule.ours]
+        expected = tuple(rule.codec.join(ours).shape)
+        if rule.theirs not in names:
+            if not rule.optional:
+                problems.append(f"missing {rule.theirs} {expected}")
+        elif tuple(source.shape(rule.theirs)) != expected:
+            problems.append(f"{rule.theirs} has shape {tuple(source.shape(rule.theirs))}, expected {expected}")
+    used = {rule.theirs for rule in rules}
+    problems += [f"unexpected {name}" for name in sorted(names - used) if not ignorable(name)]
+    return problems
+
+
+def export_weights(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """Yield their tensors one by one from our state dict."""
+    for rule in rules:
+        if all(name in state for name in rule.ours):
+            yield rule.theirs, rule.codec.join([state[name].detach() for name in rule.ours]).contiguous()

@@ -1,0 +1,111 @@
+"""Listening to a model and changing what it computes: two context managers over plain forward hooks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paperworks.nn.selection import Targets, select
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class Recording(dict[str, Tensor]):
+    """The recorded outputs by module path. A path recorded in several forward passes holds the last; `all` has each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: dict[str, list[Tensor]] = {}
+
+    def __missing__(self, path: str) -> Tensor:
+        from paperworks.errors import unknown
+
+        raise KeyError(unknown("recorded path (did a forward pass run inside the context?)", path, self.keys()))
+
+
+def _tensor_of(output: Any) -> Tensor | None:
+    """Return the tensor of a module's output; libraries that return tuples put it first."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return None
+
+
+@contextmanager
+def record(
+    model: nn.Module, targets: Targets, *, detach: bool = True, to: torch.device | str | None = None
+) -> Iterator[Recording]:
+    """Record the outputs of the chosen modules during the forward passes inside the context.
+
+    Recording changes no bit of the model's output: a value that only a listener needs (`blocks.6.mixer.pattern`) is
+    computed beside the fused kernel.
+
+    Args:
+        model: any module, ours or another library's.
+        targets: glob patterns over module paths, see `nn.select`.
+        detach: whether gradients are cut off; with False, recorded tensors stay in the graph.
+        to: where the copies go ("cpu" to spare a GPU's memory).
+
+    Raises:
+        ValueError: when a target matches nothing.
+    """
+    seen = Recording()
+
+    def listen(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            value = _tensor_of(output)
+            if value is None:
+                raise TypeError(f"{path} ({type(module).__name__}) returns {type(output).__name__}, not a tensor")
+            value = value.detach() if detach else value
+            # a later in-place operation must not change the record
+            value = value.to(to) if to is not None else (value.clone() if detach else value)
+            seen[path] = value
+            seen.all.setdefault(path, []).append(value)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, module in select(model, targets).items():
+            stack.callback(module.register_forward_hook(listen(path)).remove)
+        yield seen
+
+
+@contextmanager
+def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[nn.Module]:
+    """Replace the outputs of modules by functions of them, during the forward passes inside the context.
+
+    Args:
+        model: any module, ours or another library's.
+        edits: {target: function}; a target is a glob pattern over module paths, the function takes the output (for
+            modules that return a tuple, its first element) and returns a tensor of the same shape and dtype.
+
+    Raises:
+        ValueError: when a target matches nothing, or (at the forward pass) a function returns another shape, another
+            dtype, or nothing.
+    """
+
+    def change(path: str, function: Edit) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            value = _tensor_of(output)
+            if value is None:
+                raise TypeError(f"{path} ({type(module).__name__}) returns {type(output).__name__}, not a tensor")
+            new = function(value)
+            if not isinstance(new, Tensor):
+                raise ValueError(f"the edit of {path} returned {type(new).__name__}: it must return the new tensor")
+            if new.shape != value.shape or new.dtype != value.dtype:
+                raise ValueError(
+                    f"the edit of {path} returned {new.dtype} {tuple(new.shape)}, "
+                    f"it must keep {value.dtype} {tuple(value.shape)}"
+                )
+            return new if isinstance(output, Tensor) else (new, *output[1:])
+
+        return hook
+
+    with ExitStack() as stack:
+        for target, function in edits.items():
+            for path, module in select(model, target).items():
+                stack.callback(module.register_forward_hook(change(path, function)).remove)
+        yield model

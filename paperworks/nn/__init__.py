@@ -1,0 +1,49 @@
+"""Parts of networks, each a spec that builds a module: attention, positions, norms, feed-forward."""
+
+from paperworks.nn.attention import Attention
+from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
+from paperworks.nn.mixer import Mixer
+from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
+from paperworks.nn.position import (
+    DynamicNTKScaling,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
+    NTKScaling,
+    RoPE,
+    RoPEScaling,
+    YaRNScaling,
+)
+from paperworks.nn.selection import select, select_linears
+from paperworks.nn.spec import Spec
+from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
+from paperworks.nn.tap import Tap
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Cache",
+    "DynamicNTKScaling",
+    "Feedforward",
+    "GatedMLP",
+    "LayerNorm",
+    "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPEScaling",
+    "Mixer",
+    "MixerCache",
+    "NTKScaling",
+    "Norm",
+    "RMSNorm",
+    "RoPE",
+    "RoPEScaling",
+    "Spec",
+    "Stream",
+    "Tap",
+    "YaRNScaling",
+    "open_stream",
+    "select",
+    "select_linears",
+]

@@ -1,0 +1,101 @@
+"""Feed-forward parts: the MLP (Vaswani et al. 2017) and its gated variants (Shazeer 2020, arXiv:2002.05202)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paperworks.nn.linear import residual_output
+from paperworks.nn.spec import Spec
+from paperworks.nn.tap import Tap
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,  # the exact form, x * Phi(x)
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's approximation
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedforward(Spec):
+    """What works on each position: `build(dim)` gives a module (batch, time, dim) -> (batch, time, dim)."""
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the module for vectors of `dim` numbers."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(Feedforward):
+    """y = down(activation(up(x))), with `hidden` units in between."""
+
+    hidden: int
+    activation: Activation = "gelu"
+    bias: bool = True
+
+    def validate(self) -> None:
+        """Check the width."""
+        _check_hidden(self.hidden, "MLP")
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the module for vectors of `dim` numbers."""
+        return MLPModule(dim, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMLP(Feedforward):
+    """y = down(activation(gate(x)) * up(x)): SwiGLU with "silu", GeGLU with "gelu" or "gelu_tanh", ReGLU with "relu"."""
+
+    hidden: int
+    activation: Activation = "silu"
+    bias: bool = False
+
+    def validate(self) -> None:
+        """Check the width."""
+        _check_hidden(self.hidden, "GatedMLP")
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the module for vectors of `dim` numbers."""
+        return GatedMLPModule(dim, self)
+
+
+def _check_hidden(hidden: int, owner: str) -> None:
+    if hidden < 1:
+        raise ValueError(f"{owner}.hidden must be at least 1, got {hidden}")
+
+
+class MLPModule(nn.Module):
+    """The module of `MLP`; `hidden` taps the activations (batch, time, hidden)."""
+
+    def __init__(self, dim: int, spec: MLP) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, spec.hidden, bias=spec.bias)
+        self.hidden = Tap()
+        self.down = residual_output(nn.Linear(spec.hidden, dim, bias=spec.bias))
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
+        """Apply the MLP to each position."""
+        return self.down(self.hidden(self.activation(self.up(x))))
+
+
+class GatedMLPModule(nn.Module):
+    """The module of `GatedMLP`; `hidden` taps the gated activations (batch, time, hidden)."""
+
+    def __init__(self, dim: int, spec: GatedMLP) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, spec.hidden, bias=spec.bias)
+        self.up = nn.Linear(dim, spec.hidden, bias=spec.bias)
+        self.hidden = Tap()
+        self.down = residual_output(nn.Linear(spec.hidden, dim, bias=spec.bias))
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
+        """Apply the gated MLP to each position."""
+        return self.down(self.hidden(self.activation(self.gate(x)) * self.up(x)))

@@ -1,0 +1,185 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from paperworks.models import Block, Decoder, count_parameters, preset, presets
+from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RMSNorm
+
+# Published sizes (the catalogue's `exact` entries, and the checkpoints of 3.2, smollm2-360m/1.7b and phi3-medium).
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "phi3-mini": 3_821_079_552,
+    "phi3-medium": 13_960_238_080,
+}
+# Pythia's Table 1 counts without the two tables.
+PYTHIA = {
+    "pythia-70m": 18_915_328,
+    "pythia-160m": 85_056_000,
+    "pythia-410m": 302_311_424,
+    "pythia-1b": 805_736_448,
+    "pythia-1.4b": 1_208_602_624,
+    "pythia-2.8b": 2_517_652_480,
+    "pythia-6.9b": 6_444_163_072,
+    "pythia-12b": 11_327_027_200,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_their_published_sizes(name):
+    assert count_parameters(preset(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PYTHIA)
+def test_pythia_sizes_without_embeddings_are_the_papers_table(name):
+    assert count_parameters(preset(name), embedding=False) == PYTHIA[name]
+
+
+def test_every_preset_has_a_size_checked_above():
+    assert set(presets()) == set(PUBLISHED) | set(PYTHIA) | {"pythia-14m"}  # 14m came after the paper
+    assert count_parameters(preset("pythia-14m")) == 14_067_712
+
+
+def test_presets_are_found_by_glob_and_near_misses_are_named():
+    assert presets("llama2*") == ["llama2-7b", "llama2-13b", "llama2-70b"]
+    with pytest.raises(ValueError, match="did you mean 'llama2-7b'"):
+        preset("llama2-7")
+
+
+def small(**changes):
+    block = Block(norm=LayerNorm(), mixer=Attention(heads=2, bias=True), feedforward=MLP(hidden=16))
+    return Decoder(**{"vocab_size": 11, "dim": 8, "depth": 2, "block": block, "norm": LayerNorm(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: small(depth=3, block=(small().block,) * 2), "2 specs but depth is 3"),
+        (lambda: small(dim=9), r"heads \(2\) must divide dim \(9\)"),
+        (lambda: small(context=8, position=LearnedPositions(length=4)), "exceeds the 4 learned positions"),
+        (lambda: small(vocab_size=0), "vocab_size must be at least 1"),
+        (lambda: replace(small().block, shared_norm=True), "needs arrangement='parallel'"),
+    ],
+)
+def test_specs_that_cannot_exist_fail_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"\(batch, time\), got \(3,\)"),
+        (torch.zeros(1, 3), "must be int64, got torch.float32"),
+        (torch.tensor([[3, 11]]), "token id 11 is outside the vocabulary of 11"),
+        (torch.tensor([[-1]]), "token id -1"),
+        (torch.zeros(1, 0, dtype=torch.int64), "empty"),
+        (torch.zeros(1, 9, dtype=torch.int64), "9 tokens exceed the context of 8.*YaRNScaling"),
+    ],
+)
+def test_wrong_tokens_are_refused_with_a_reason(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        small(context=8).build()(tokens)
+
+
+def test_learned_positions_say_when_a_given_position_is_beyond_them():
+    model = small(position=LearnedPositions(length=4)).build()
+    with pytest.raises(ValueError, match="position 7 is beyond the 4"):
+        model(torch.zeros(1, 1, dtype=torch.int64), positions=torch.tensor([[7]]))
+
+
+def reference(block, x, stream):
+    """The four arrangements, straight from their equations."""
+    mixer, feedforward = block.mixer, block.feedforward
+    norm1, norm2 = block.mixer_norm, block.feedforward_norm
+    if block.arrangement == "pre":
+        x = x + mixer(norm1(x), stream)
+        return x + feedforward(norm2(x))
+    if block.arrangement == "post":
+        x = norm1(x + mixer(x, stream))
+        return norm2(x + feedforward(x))
+    if block.arrangement == "parallel":
+        return x + mixer(norm1(x), stream) + feedforward((norm2 or norm1)(x))
+    x = x + block.mixer_post_norm(mixer(norm1(x), stream))
+    return x + block.feedforward_post_norm(feedforward(norm2(x)))
+
+
+@pytest.mark.parametrize("arrangement", ["pre", "post", "parallel", "sandwich", "shared"])
+def test_block_arrangements_are_their_equations(arrangement):
+    from paperworks.nn import open_stream
+
+    shared = arrangement == "shared"
+    spec = replace(small().block, arrangement="parallel" if shared else arrangement, shared_norm=shared)
+    block = spec.build(8).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    stream = open_stream(2, 5, x.device)
+    assert (block(x, stream) - reference(block, x, stream)).abs().max() < 1e-12
+
+
+def test_tied_unembedding_is_one_tensor_and_gets_both_gradients():
+    model = small(tied=True).build()
+    assert model.unembedding.weight is model.embedding.weight
+    assert count_parameters(model) == count_parameters(model.spec)
+    model(torch.tensor([[1, 2]])).sum().backward()
+    assert (model.embedding.weight.grad[5] != 0).any()  # token 5 was not in the input: this came from the output side
+
+
+def test_residual_outputs_start_smaller_with_depth():
+    """Catalogue, gpt2: with the 1 / sqrt(2 depth) factor the final residual variance does not depend on depth."""
+    variances = []
+    for depth in (4, 16):
+        block = Block(norm=LayerNorm(), mixer=Attention(heads=4, bias=True), feedforward=MLP(hidden=512))
+        spec = Decoder(vocab_size=64, dim=128, depth=depth, block=block, norm=None)
+        model = spec.build()
+        with torch.no_grad():
+            variances.append(model.hidden(torch.randint(0, 64, (4, 64))).var().item())
+    assert 0.0018 < variances[0] < 0.0030  # measured in the catalogue: 0.0024
+    assert abs(variances[0] / variances[1] - 1) < 0.2
+
+
+def test_last_gives_the_same_logits_as_the_whole():
+    model = small().build()
+    tokens = torch.randint(0, 11, (2, 6))
+    assert torch.allclose(model(tokens, last=2), model(tokens)[:, -2:], atol=1e-6)
+
+
+def test_positions_may_be_shifted_under_rope_without_a_change():
+    from paperworks.nn import RoPE
+
+    mixer = Attention(heads=2, position=RoPE())
+    model = small(block=Block(norm=RMSNorm(), mixer=mixer, feedforward=MLP(hidden=8))).build()
+    tokens = torch.randint(0, 11, (1, 6))
+    shifted = model(tokens, positions=torch.arange(6)[None] + 1000)
+    assert (shifted - model(tokens)).abs().max() < 1e-4
