@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _OFFERED = ("build", "chat", "count_parameters", "export", "generate", "load", "preset", "presets", "save")
-__all__ = list(_OFFERED)  # noqa: PLE0605
+__all__ = list(_OFFERED)
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,7 @@ def load(
     path = _locate(str(name))
     model = checkpoints.load(path, dtype, keep_quantized)
     tokenizer = _tokenizer(path)
-    model.tokenizer = tokenizer  # type: ignore[assignment]
+    model.tokenizer = tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
         raise ValueError(
             f"the tokenizer of {path} knows {tokenizer.vocab_size} tokens, the model only {model.spec.vocab_size}: "
@@ -60,9 +60,11 @@ def _locate(name: str) -> Path:
         return path
     if name.count("/") == 1:
         return assets.fetch_from_hub(name)
-    hint = " It is the name of a preset, which has no weights: paperworks.build(paperworks.preset(name)) makes random ones."
+    hint = " It is a preset, which has no weights: paperworks.build(paperworks.preset(name)) makes random ones."
     message = unknown("model", name, assets.names())
-    raise ValueError(f"{message}; or a folder, a .gguf file, or 'org/name' on the hub.{hint if name in presets() else ''}")
+    raise ValueError(
+        f"{message}; or a folder, a .gguf file, or 'org/name' on the hub.{hint if name in presets() else ''}"
+    )
 
 
 def _tokenizer(path: Path) -> Any:
@@ -131,7 +133,7 @@ def export(
     elif layout == "gguf":
         from paperworks.data.tokenizers import Tokenizer
 
-        tokenizer: Any = model.tokenizer
+        tokenizer = model.tokenizer
         metadata = tokenizer.gguf_metadata() if isinstance(tokenizer, Tokenizer) else {}
         checkpoints.save_gguf(model, path, kind, fallback=fallback, tokenizer_metadata=metadata)
     else:

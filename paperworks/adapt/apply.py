@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from paperworks.adapt.delta import AdaptedLinear, Adapter
 from paperworks.errors import CorruptFile
 from paperworks.nn.linear import features, is_linear_like, weight_of, write_weight
 from paperworks.nn.selection import Targets, replace_module, select
-from paperworks.nn.spec import Spec
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -40,15 +40,16 @@ def apply(model: nn.Module, adapter: Adapter, targets: Targets = "attention") ->
     chosen = {path: module for path, module in chosen.items() if not path.startswith(inside)} if inside else chosen
     taken = [path for path in chosen if path in present]
     if taken:
-        raise ValueError(f"{taken[0]} has an adapter already ({adapted(model)[taken[0]].adapter}); merge or remove it first")
+        raise ValueError(
+            f"{taken[0]} has an adapter already ({adapted(model)[taken[0]].adapter}); merge or remove it first"
+        )
     deltas = {path: adapter.build(*features(module)) for path, module in chosen.items()}  # all errors before any change
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, delta in deltas.items():
         base = chosen[path]
-        weight = next(base.parameters(), None)
-        weight = next(base.buffers()) if weight is None else weight
-        wrapped = AdaptedLinear(base, delta.to(weight.device), adapter)
+        device = next(chain(base.parameters(), base.buffers())).device
+        wrapped = AdaptedLinear(base, delta.to(device), adapter)
         replace_module(model, path, wrapped.train(base.training))
     for module in adapted(model).values():
         module.delta.requires_grad_(True)
@@ -91,7 +92,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     layers = _some(model)
-    tensors = {f"{name}.{key}": value.detach().cpu().contiguous() for name, module in layers.items() for key, value in module.delta.state_dict().items()}
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, module in layers.items()
+        for key, value in module.delta.state_dict().items()
+    }
     header = {name: module.adapter.to_dict() for name, module in layers.items()}
     with atomic.writing_file(path) as out:
         save_file(tensors, out, metadata={"paperworks.adapter": json.dumps(header)})

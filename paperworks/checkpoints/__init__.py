@@ -25,7 +25,7 @@ __all__ = [
 
 
 def load(path: Path, dtype: torch.dtype | None = None, keep_quantized: bool = False) -> DecoderModel:
-    """Load a .gguf file, or a folder in our layout or Hugging Face's; without its tokenizer (`paperworks.load` adds it).
+    """Load a .gguf file, or a folder in our layout or Hugging Face's; `paperworks.load` adds the tokenizer.
 
     Raises:
         FileNotFoundError: when nothing is there, or the folder holds no weights.
@@ -38,8 +38,8 @@ def load(path: Path, dtype: torch.dtype | None = None, keep_quantized: bool = Fa
             return load_gguf(read_gguf(path), dtype, origin=str(path), keep_quantized=keep_quantized)
         raise ValueError(
             f"{path} is not a .gguf file. Other weights are loaded by their folder (config.json or spec.json beside "
-            "safetensors). A pickle (.bin, .pt, .pth) is never executed: read it with torch.load(path, weights_only=True) "
-            "and save the tensors with safetensors.torch.save_file"
+            "safetensors). A pickle (.bin, .pt, .pth) is never executed: read it with "
+            "torch.load(path, weights_only=True) and save the tensors with safetensors.torch.save_file"
         )
     if not path.is_dir():
         raise FileNotFoundError(f"no file or folder at {path}")

@@ -88,7 +88,7 @@ def spec_from_metadata(file: GGUFFile) -> Decoder:
 
 
 def _scaling(file: GGUFFile) -> Llama3Scaling | None:
-    """Llama 3.1's frequencies travel as a tensor of divisors; recover the published rule and check that it gives them."""
+    """Recover Llama 3.1's rule from the tensor of divisors it travels as, and check that it gives them."""
     factors = file.tensors.get("rope_freqs.weight")
     if factors is None:
         return None

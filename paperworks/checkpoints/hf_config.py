@@ -192,11 +192,16 @@ def _rope_config(rope: RoPE | None) -> dict[str, Any]:
     return {"rope_parameters": entry, "rope_theta": rope.base, "rope_scaling": scaled}
 
 
-# --- the Llama line: llama, mistral, qwen2, phi3, gemma, gemma2 ----------------------------------------------------------
+# --- the Llama line: llama, mistral, qwen2, phi3, gemma, gemma2 ----------------------------------------------------
 
 
 def _read_llama_like(
-    config: Config, *, window: int | None = None, bias: bool | None = None, output_bias: bool | None = None, tied: bool = False
+    config: Config,
+    *,
+    window: int | None = None,
+    bias: bool | None = None,
+    output_bias: bool | None = None,
+    tied: bool = False,
 ) -> Decoder:
     attention_bias = bool(config.get("attention_bias", False)) if bias is None else bias
     mixer = Attention(
@@ -231,7 +236,9 @@ def _write_llama_like(spec: Decoder) -> dict[str, Any]:
     mixer, feedforward, norm = block.mixer, block.feedforward, spec.norm
     if not (isinstance(mixer, Attention) and isinstance(feedforward, GatedMLP) and isinstance(norm, RMSNorm)):
         raise ValueError("this family has attention, a gated MLP and RMSNorm")
-    activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu"}[feedforward.activation]
+    activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu"}[
+        feedforward.activation
+    ]
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.dim,
@@ -325,7 +332,7 @@ def _write_gemma2(spec: Decoder) -> dict[str, Any]:
     }
 
 
-# --- GPT-2 and GPT-NeoX ---------------------------------------------------------------------------------------------------
+# --- GPT-2 and GPT-NeoX ----------------------------------------------------------------------------------------------
 
 
 def _read_gpt2(config: Config) -> Decoder:
@@ -415,7 +422,9 @@ def _write_neox(spec: Decoder) -> dict[str, Any]:
         "num_attention_heads": block.mixer.heads,
         "intermediate_size": block.feedforward.hidden,
         "max_position_embeddings": spec.context or 1_048_576,
-        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}[block.feedforward.activation],
+        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}[
+            block.feedforward.activation
+        ],
         "layer_norm_eps": spec.norm.eps,
         "attention_bias": block.mixer.bias,
         "use_parallel_residual": block.arrangement == "parallel",

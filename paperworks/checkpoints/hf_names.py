@@ -6,7 +6,6 @@ from paperworks.checkpoints.layout import Codec, HeadInterleaved, Rule, Stacked
 from paperworks.models import Decoder
 from paperworks.nn import Attention
 
-
 # Tensors that files and releases of the library name differently.
 ALIASES = {"embed_out.weight": ("lm_head.weight",)}  # GPT-NeoX: its files, and the module since transformers 5
 

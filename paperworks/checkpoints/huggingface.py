@@ -74,7 +74,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> DecoderModel:
 
 
 def from_transformers(module: nn.Module) -> DecoderModel:
-    """Return our model with a copy of the weights of a transformers model (anything with `.config` and a state dict)."""
+    """Return our model with a copy of a transformers model's weights (anything with `.config` and a state dict)."""
     config: Any = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise TypeError(f"{type(module).__name__} has no config: expected a model of the transformers library")

@@ -106,7 +106,7 @@ class Rule:
 
     theirs: str
     ours: tuple[str, ...]
-    codec: Codec = Stacked()  # noqa: RUF009  (frozen)
+    codec: Codec = Stacked()
     optional: bool = False
 
 

@@ -43,7 +43,9 @@ def apply(
                 "Load the model again, or decode it with compress.decompress(model) first"
             )
         if hasattr(module, "base"):
-            raise ValueError(f"{path} carries an adapter: compress the base first (targets {path + '.base'!r}) or merge it")
+            raise ValueError(
+                f"{path} carries an adapter: compress the base first (targets {path + '.base'!r}) or merge it"
+            )
     for done, (path, module) in enumerate(chosen.items(), 1):
         weight = weight_of(module)
         try:
@@ -102,7 +104,12 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'layer':48} {'bits/weight':>11} {'bytes':>14}  format"]
         lines += [f"{x.path:48} {x.bits_per_weight:11.4f} {x.bytes:14,}  {x.format}" for x in self.layers]
-        return "\n".join([*lines, f"{len(self.layers)} layers, {self.bits_per_weight:.4f} bits/weight; model {self.model_bytes:,} bytes"])
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.layers)} layers, {self.bits_per_weight:.4f} bits/weight; model {self.model_bytes:,} bytes",
+            ]
+        )
 
 
 def report(model: nn.Module) -> Report:

@@ -17,7 +17,7 @@ class WeightFormat(Spec):
     """How a weight matrix is stored. Formats know neither the layer they serve nor what sits on top of it."""
 
     def encode(self, weight: Float[Tensor, "rows columns"]) -> Stored:
-        """Return the plain tensors that stand for the weight. Raises `ValueError` for shapes or numbers it cannot hold."""
+        """Return the plain tensors that stand for the weight. Raises `ValueError` for what it cannot hold."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it encodes")
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
@@ -35,4 +35,6 @@ def check_weight(weight: Tensor, owner: str) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"{owner} encodes a floating-point matrix, got {weight.dtype} of shape {tuple(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{owner} cannot encode NaN or infinity; this weight holds {int((~torch.isfinite(weight)).sum())}")
+        raise ValueError(
+            f"{owner} cannot encode NaN or infinity; this weight holds {int((~torch.isfinite(weight)).sum())}"
+        )

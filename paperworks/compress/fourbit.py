@@ -104,4 +104,4 @@ class FP4(FourBit):
 class Int4(FourBit):
     """Round to nearest on 15 evenly spaced levels, -7 .. 7 (code 8 is unused): the plain baseline."""
 
-    values: ClassVar[tuple[float, ...]] = tuple((code - 7) / 7 for code in range(15)) + (1.0,)
+    values: ClassVar[tuple[float, ...]] = (*((code - 7) / 7 for code in range(15)), 1.0)

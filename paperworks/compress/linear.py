@@ -11,7 +11,7 @@ from paperworks.compress.format import WeightFormat
 
 
 class CompressedLinear(nn.Module):
-    """y = x decode(stored)^T + bias. The weight is decoded in the forward and again in the backward pass, never kept."""
+    """y = x decode(stored)^T + bias; the weight is decoded in the forward and in the backward pass, never kept."""
 
     def __init__(self, format: WeightFormat, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class CompressedLinear(nn.Module):
     @property
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the format."""
-        return {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        return dict(self.named_buffers(recurse=False))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,10 +87,10 @@ class _DecodedProduct(torch.autograd.Function):
     """x W^T, keeping for the backward pass the layer and not the dense weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: CompressedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, layer: CompressedLinear) -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.decoded_weight().to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.decoded_weight().to(gradient.dtype), None

@@ -16,7 +16,7 @@ __all__ = ["Sampling", "beam_search", "decode", "generate", "penalize_repetition
 
 
 class _CallableRoom(ModuleType):
-    """Importing a submodule binds its name in the package, so `paperworks.generate` is this module: let it be called."""
+    """Importing a room binds its name in the package, so `paperworks.generate` is this module: let it be called."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         return generate(*arguments, **settings)

@@ -86,6 +86,6 @@ def beam_search(
                 finished[row].add(score / length**length_penalty, written[row * beams + beam].tolist())
     best_rows = [done.entries[0][1] if done.entries else [] for done in finished]
     longest = max(map(len, best_rows))
-    return torch.tensor([row + [pad] * (longest - len(row)) for row in best_rows], dtype=torch.int64, device=device).view(
-        batch, longest
-    )
+    return torch.tensor(
+        [row + [pad] * (longest - len(row)) for row in best_rows], dtype=torch.int64, device=device
+    ).view(batch, longest)

@@ -38,7 +38,7 @@ def fast_linears(model: nn.Module) -> Iterator[bool]:
         if type(module) is nn.Linear and _suits(module.weight) and "forward" not in vars(module)
     ]
     for module in swapped:
-        module.forward = _forward(module)  # type: ignore[method-assign]
+        module.forward = _forward(module)  # type: ignore[method-assign, assignment]
     try:
         yield bool(swapped)
     finally:

@@ -13,7 +13,9 @@ def left_pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | N
     """Return tokens (batch, time), padded on the left with 0, and segments (0 = padding), None if nothing is padded."""
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2:
-            raise ValueError(f"prompts must have shape (batch, time), got {tuple(prompts.shape)}; use prompt[None] for one")
+            raise ValueError(
+                f"prompts must have shape (batch, time), got {tuple(prompts.shape)}; use prompt[None] for one"
+            )
         rows = [prompts]
         if prompts.shape[1] and prompts.shape[0]:
             return prompts.to(device), None
@@ -21,7 +23,7 @@ def left_pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | N
         rows = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts]
     if not rows or any(row.numel() == 0 for row in rows):
         raise ValueError(
-            "a prompt is empty: the model needs at least one token to go on from; start with its beginning-of-text token"
+            "a prompt is empty: the model needs a token to go on from, such as its beginning-of-text token"
         )
     longest = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)

@@ -1,10 +1,9 @@
 """From text to text: prompts in, continuations out, stop strings, pieces as they come."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from paperworks.generate.beam import beam_search
@@ -14,12 +13,6 @@ from paperworks.generate.sampling import Sampling
 Stream = Callable[[str], object]
 
 
-@overload
-def generate(model: nn.Module, prompts: str, **settings: Any) -> str: ...
-@overload
-def generate(model: nn.Module, prompts: Tensor, **settings: Any) -> Int[Tensor, "batch new"]: ...
-@overload
-def generate(model: nn.Module, prompts: Sequence[str], **settings: Any) -> list[str]: ...
 def generate(
     model: nn.Module,
     prompts: str | Sequence[str] | Tensor,
@@ -37,7 +30,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     pad: int = 0,
     stream: Stream | None = None,
-) -> str | list[str] | Tensor:
+) -> Any:
     """Continue each prompt and return what was added (without the prompt).
 
     Args:
@@ -118,7 +111,7 @@ def _tokens(
         )
     steps = list(decode(model, prompts, max_new_tokens=most, sampling=sampling, stop_tokens=stops, seed=seed))
     if not steps:
-        return torch.empty(len(prompts), 0, dtype=torch.int64, device=model.device)  # type: ignore[arg-type]
+        return torch.empty(len(prompts), 0, dtype=torch.int64)
     rows = torch.stack(steps, 1)
     return torch.where(rows < 0, pad, rows)
 

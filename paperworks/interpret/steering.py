@@ -24,9 +24,7 @@ def mean_difference(
     return _unit((positive.double() - negative.double()).mean(0)).to(positive.dtype)
 
 
-def pca_difference(
-    positive: Float[Tensor, "pairs dim"], negative: Float[Tensor, "pairs dim"]
-) -> Float[Tensor, " dim"]:
+def pca_difference(positive: Float[Tensor, "pairs dim"], negative: Float[Tensor, "pairs dim"]) -> Float[Tensor, " dim"]:
     """Return the unit top eigenvector of sum d d^T over the differences d, not centred; positives project higher.
 
     Equal to the first principal component of both sides after each pair's midpoint is subtracted (repeng's pca_center).

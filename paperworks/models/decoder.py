@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -55,9 +56,9 @@ class Decoder(Spec):
             )
         if self.position is not None and self.context is not None and self.position.length < self.context:
             raise ValueError(
-                f"Decoder.context ({self.context}) exceeds the {self.position.length} learned positions of Decoder.position"
+                f"Decoder.context ({self.context}) exceeds the {self.position.length} learned positions"
             )
-        for block in dict.fromkeys(self.blocks):
+        for block in dict.fromkeys(self.block if isinstance(self.block, tuple) else (self.block,)):
             block.mixer.check(self.dim)
 
     @property
@@ -79,7 +80,7 @@ class DecoderModel(nn.Module):
     def __init__(self, spec: Decoder) -> None:
         super().__init__()
         self.spec = spec
-        self.tokenizer = None
+        self.tokenizer: Any = None
         self.embedding = nn.Embedding(spec.vocab_size, spec.dim)
         self.position = spec.position.build(spec.dim) if spec.position else None
         self.dropout = nn.Dropout(spec.dropout)
@@ -100,7 +101,7 @@ class DecoderModel(nn.Module):
                 scale = 1 / math.sqrt(2 * self.spec.depth) if getattr(module, "writes_residual", False) else 1.0
                 module.weight.normal_(0.0, std * scale)
                 if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()  # type: ignore[union-attr, operator]
+                    module.bias.zero_()  # type: ignore[operator]
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +116,8 @@ class DecoderModel(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """Return an empty cache for `batch` sequences of at most `capacity` tokens, prompt included."""
         self._check_length(capacity)
-        layers = [block.mixer.new_cache(batch, capacity, self.dtype, self.device) for block in self.blocks]  # type: ignore[union-attr, operator]
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        layers = [mixer.new_cache(batch, capacity, self.dtype, self.device) for mixer in mixers]
         return Cache(layers, capacity)
 
     def forward(
@@ -180,11 +182,15 @@ class DecoderModel(nn.Module):
         if torch.compiler.is_compiling():
             return
         if tokens.dim() != 2:
-            raise ValueError(f"tokens must have shape (batch, time), got {tuple(tokens.shape)}; use tokens[None] for one row")
+            raise ValueError(
+                f"tokens must have shape (batch, time), got {tuple(tokens.shape)}; use tokens[None] for one row"
+            )
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens must be int64, got {tokens.dtype}; use tokens.long()")
         if tokens.shape[1] == 0:
-            raise ValueError("tokens is empty: a forward pass needs at least one token (a beginning-of-text token, say)")
+            raise ValueError(
+                "tokens is empty: a forward pass needs at least one token (a beginning-of-text token, say)"
+            )
         if tokens.device.type == "cpu" and tokens.numel():  # elsewhere the check would wait for the device
             low, high = (int(bound) for bound in tokens.aminmax())
             if low < 0 or high >= self.spec.vocab_size:

@@ -69,7 +69,9 @@ def llama(
     )
 
 
-def llama3(dim: int, depth: int, heads: int, hidden: int, *, factor: float | None = None, tied: bool = False) -> Decoder:
+def llama3(
+    dim: int, depth: int, heads: int, hidden: int, *, factor: float | None = None, tied: bool = False
+) -> Decoder:
     """Llama 3 (arXiv:2407.21783): 8 key-value heads, base 500,000; 3.1 and 3.2 stretch the context by `factor`."""
     return llama(
         dim,
@@ -110,9 +112,7 @@ def gemma2(
     """Gemma 2 (arXiv:2408.00118): sandwich norms, soft-capped scores and logits, every other layer a 4096 window."""
     base = gemma(dim, depth, heads, kv_heads, hidden)
     assert isinstance(base.block, Block)
-    mixer = Attention(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, position=RoPE(), soft_cap=50.0, scale=scale
-    )
+    mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, position=RoPE(), soft_cap=50.0, scale=scale)
     full = replace(base.block, arrangement="sandwich", mixer=mixer)
     local = replace(full, mixer=replace(mixer, window=4096))
     blocks = tuple(full if layer % 2 else local for layer in range(depth))

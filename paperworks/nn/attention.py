@@ -91,7 +91,14 @@ class KeyValueCache(MixerCache):
     """Keys (already rotated) and values by slot: token t stands in slot t, or in t mod capacity when rolling."""
 
     def __init__(
-        self, batch: int, heads: int, capacity: int, head_dim: int, rolling: bool, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        rolling: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.keys = torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)

@@ -50,7 +50,7 @@ class MLP(Feedforward):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMLP(Feedforward):
-    """y = down(activation(gate(x)) * up(x)): SwiGLU with "silu", GeGLU with "gelu" or "gelu_tanh", ReGLU with "relu"."""
+    """y = down(activation(gate(x)) * up(x)): SwiGLU with "silu", GeGLU with "gelu", ReGLU with "relu"."""
 
     hidden: int
     activation: Activation = "silu"

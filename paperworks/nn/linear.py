@@ -25,7 +25,8 @@ def is_transposed(module: nn.Module) -> bool:
 def is_linear_like(module: nn.Module) -> bool:
     """Return whether the module maps in_features to out_features linearly (plus a bias)."""
     if is_transposed(module):
-        return isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, Tensor) and weight.dim() == 2
     return (
         isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
@@ -35,9 +36,9 @@ def is_linear_like(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Return (in_features, out_features) of a linear-like module."""
-    if is_transposed(module):
-        rows, columns = module.weight.shape
-        return int(rows), int(columns)
+    weight = getattr(module, "weight", None)
+    if is_transposed(module) and isinstance(weight, Tensor):
+        return weight.shape[0], weight.shape[1]
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 

@@ -42,7 +42,7 @@ class RMSNorm(Norm):
     Attributes:
         eps: added to the mean square, inside the root.
         offset: Gemma's form: multiply by (1 + gain), the gain starting at 0, before casting back.
-        fraction: pRMSNorm: estimate the mean square from the first ceil(fraction * dim) elements (Section 3 of the paper).
+        fraction: pRMSNorm: the mean square is that of the first ceil(fraction * dim) elements (Section 3).
     """
 
     eps: float = 1e-6

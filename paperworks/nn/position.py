@@ -87,10 +87,8 @@ class RoPE(Spec):
         dim = cos.shape[-1]
         if dim < x.shape[-1]:
             return torch.cat((self.rotate(x[..., :dim], cos, sin), x[..., dim:]), -1)
-        if self.layout == "half":
-            partner = x.roll(dim // 2, -1)
-        else:
-            partner = x.unflatten(-1, (dim // 2, 2)).flip(-1).flatten(-2)
+        half = self.layout == "half"
+        partner = x.roll(dim // 2, -1) if half else x.unflatten(-1, (dim // 2, 2)).flip(-1).flatten(-2)
         return torch.addcmul(x * cos, partner, sin)
 
     def tables(self, stream: Stream, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -129,7 +127,7 @@ class LinearScaling(RoPEScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class NTKScaling(RoPEScaling):
-    """NTK-aware scaling (bloc97 2023): base * factor^(dim / (dim - 2)), so the lowest frequency is divided by factor."""
+    """NTK-aware scaling (bloc97 2023): base * factor^(dim / (dim - 2)), dividing the lowest frequency by factor."""
 
     factor: float
 
@@ -187,7 +185,8 @@ class YaRNScaling(RoPEScaling):
         def channel(turns: float) -> float:
             return dim * math.log(self.trained_length / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
 
-        low, high = max(math.floor(channel(self.fast)), 0), min(math.ceil(channel(self.slow)), dim - 1)
+        low = float(max(math.floor(channel(self.fast)), 0))
+        high = float(min(math.ceil(channel(self.slow)), dim - 1))
         if low == high:
             high += 0.001  # a ramp of no width: keep the division finite
         ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)

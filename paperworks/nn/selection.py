@@ -11,7 +11,7 @@ from paperworks.nn.linear import is_linear_like
 
 Targets = str | Sequence[str]
 
-# What the linears of attention and of feed-forward parts are called, here and in the libraries people bring models from.
+# What the linears of attention and of feed-forward parts are called, here and in other libraries.
 _ATTENTION = {
     *("query", "key", "value", "output"),  # ours
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"),  # Llama and its relatives, OPT, CLIP
@@ -46,9 +46,7 @@ def braces(pattern: str) -> list[str]:
             start = index + 1
         if depth == 0:
             return [
-                expanded
-                for option in options
-                for expanded in braces(pattern[:opening] + option + pattern[index + 1 :])
+                expanded for option in options for expanded in braces(pattern[:opening] + option + pattern[index + 1 :])
             ]
     raise ValueError(f"target pattern {pattern!r} has a brace that is never closed")
 
@@ -116,7 +114,8 @@ def _nothing(target: str, candidates: Iterable[str], model: nn.Module, what: str
     close = nearest(target, generic) or generic[:5]
     matching = [path for path, _ in model.named_modules() if path and _matcher(target).match(path)]
     aside = f" It matches {matching[0]!r} and {len(matching) - 1} more, but none is a {what}." if matching else ""
-    return f"target {target!r} matches no {what} of {type(model).__name__}.{aside} Near misses: {', '.join(close) or 'none'}"
+    misses = ", ".join(close) or "none"
+    return f"target {target!r} matches no {what} of {type(model).__name__}.{aside} Near misses: {misses}"
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """A model is a value: frozen dataclasses that print, compare, save as JSON and build plain torch modules."""
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -55,10 +54,14 @@ class Spec:
         return spec
 
 
-@functools.cache
+_ANNOTATIONS: dict[type[Spec], dict[str, Any]] = {}
+
+
 def _annotations(cls: type[Spec]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    if cls not in _ANNOTATIONS:
+        hints = typing.get_type_hints(cls)
+        _ANNOTATIONS[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return _ANNOTATIONS[cls]
 
 
 def _fits(value: Any, annotation: Any) -> bool:

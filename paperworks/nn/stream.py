@@ -151,7 +151,9 @@ def _history(
     return cache._history[:, :end]
 
 
-def _count_positions(start: int, time: int, device: torch.device, history: Tensor | None, cache: Cache | None) -> Tensor:
+def _count_positions(
+    start: int, time: int, device: torch.device, history: Tensor | None, cache: Cache | None
+) -> Tensor:
     if history is None:
         if cache is not None and cache._next is not None:  # earlier tokens had positions of their own: count on
             positions = cache._next[:, None] + torch.arange(time, device=device)

@@ -86,7 +86,7 @@ def test_gradients_equal_transformers(pair):
 def test_hugging_face_layout_is_read_and_written(pair, tmp_path, shard):
     import transformers
 
-    family, theirs, ours = pair
+    _, theirs, ours = pair
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
     tokens = _tokens()
     expected = theirs(tokens).logits
@@ -112,7 +112,7 @@ def test_bfloat16_folders_keep_their_dtype(tmp_path):
 def test_greedy_and_beam_continuations_equal_transformers(pair):
     from paperworks.generate import Sampling, beam_search, decode
 
-    family, theirs, ours = pair
+    _, theirs, ours = pair
     prompt = _tokens()[:, :6]
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     mask = torch.ones_like(prompt)

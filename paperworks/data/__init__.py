@@ -1,0 +1,8 @@
+"""Tokenizers, chat templates, named weights and data sets, synthetic tasks: `from paperworks.data import assets`.
+
+assets      real weights by name, fetched once and verified
+text        public data sets by name
+tokenizers  text to ids and back
+chat        conversations as text, in a sandbox
+algorithmic tasks whose every answer is known
+"""

@@ -1,0 +1,143 @@
+"""A paper as an experiment: what it claims, and the function that checks each claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from paperworks.errors import unknown
+from paperworks.lab.values import Value, plain_values
+
+if TYPE_CHECKING:
+    from paperworks.lab.workbench import Lab
+
+Kind = Literal["behaviour", "exact", "parity"]
+Status = Literal["holds", "partly", "does not hold", "not run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a claim came to: a status, the numbers behind it and those of the control."""
+
+    status: Status
+    measured: dict[str, Value] = field(default_factory=dict)
+    control: dict[str, Value] | None = None
+    checks: dict[str, bool] = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(unknown("verdict", self.status, get_args(Status)))
+        object.__setattr__(self, "measured", plain_values(self.measured))
+        if self.control is not None:
+            object.__setattr__(self, "control", plain_values(self.control))
+
+    @classmethod
+    def of(
+        cls,
+        checks: Mapping[str, object],
+        measured: Mapping[str, object],
+        control: Mapping[str, object] | None = None,
+        note: str = "",
+    ) -> Verdict:
+        """Derive the status from the checks; the check named first is the main effect.
+
+        All true: holds. Main effect false: does not hold. Main effect true, another false: partly.
+        """
+        if not checks:
+            raise ValueError("a verdict needs at least one check; name first the one that is the main effect")
+        named = plain_values(checks)
+        for name, passed in named.items():
+            if not isinstance(passed, bool):
+                raise TypeError(f"check {name!r} is {passed!r}; a check is True or False")
+        passes = {name: bool(passed) for name, passed in named.items()}
+        main_effect = next(iter(passes.values()))
+        status: Status = "holds" if all(passes.values()) else "partly" if main_effect else "does not hold"
+        return cls(
+            status=status,
+            measured=plain_values(measured),
+            control=None if control is None else plain_values(control),
+            checks=passes,
+            note=note,
+        )
+
+
+Check = Callable[["Lab"], Verdict]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One statement of a paper, with its place in the paper and the function that checks it here."""
+
+    name: str
+    statement: str
+    paper: str  # what the paper says, with its place (table, figure, section)
+    kind: Kind
+    control: str | None  # the same experiment with the key ingredient removed or replaced
+    tour: int | None  # position in the tour, None when not in it
+    check: Check = field(repr=False, compare=False)
+
+    def examine(self, lab: Lab) -> Verdict:
+        """Run the check and refuse a verdict that is not one, or a behaviour that was compared with nothing."""
+        verdict = self.check(lab)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"claim {self.name!r} returned {verdict!r}; return lab.judge(...), which is a Verdict")
+        if self.kind == "behaviour" and verdict.status != "not run" and not verdict.control:
+            raise ValueError(f"claim {self.name!r} is a behaviour but measured no control; pass control= to lab.judge")
+        return verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """An entry of the reading list; its claims are attached by the decorator `claim`."""
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    ref: str
+    family: str
+    summary: str
+    implements: tuple[str, ...]  # dotted names of the parts this paper contributes
+    claims: list[Claim] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def claim(
+        self,
+        statement: str,
+        *,
+        paper: str,
+        kind: Kind = "behaviour",
+        control: str | None = None,
+        tour: int | None = None,
+    ) -> Callable[[Check], Check]:
+        """Attach the decorated function as a claim of this paper.
+
+        Raises ValueError for an unknown kind, a behaviour without a control, or a name that is taken.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(unknown("kind of evidence", kind, get_args(Kind)))
+        if kind == "behaviour" and not control:
+            raise ValueError(
+                f"claim {statement!r} of {self.key!r} is a behaviour, so it needs control=: the same experiment with "
+                "the key ingredient removed or replaced by the paper's baseline"
+            )
+
+        def attach(check: Check) -> Check:
+            name = check.__name__
+            if any(claim.name == name for claim in self.claims):
+                raise ValueError(f"paper {self.key!r} already has a claim named {name!r}; give this one another name")
+            self.claims.append(
+                Claim(name=name, statement=statement, paper=paper, kind=kind, control=control, tour=tour, check=check)
+            )
+            return check
+
+        return attach
+
+    @property
+    def source(self) -> Path:
+        """The file that states the claims, whose hash tells whether a recorded result is stale."""
+        if not self.claims:
+            raise ValueError(f"paper {self.key!r} has no claims yet, so there is nothing to run")
+        return Path(self.claims[0].check.__code__.co_filename)

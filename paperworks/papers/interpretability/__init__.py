@@ -1,0 +1,1 @@
+"""Interpretability and safety: what is inside a network, and what it is for."""

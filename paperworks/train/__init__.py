@@ -1,0 +1,50 @@
+"""The one training loop: fit any torch.nn.Module, log, checkpoint, and resume bit for bit."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paperworks.train.evaluation import evaluate as evaluate
+    from paperworks.train.evaluation import perplexity as perplexity
+    from paperworks.train.folder import latest as latest
+    from paperworks.train.interrupt import Interrupted as Interrupted
+    from paperworks.train.loop import fit as fit
+    from paperworks.train.losses import cross_entropy_sum as cross_entropy_sum
+    from paperworks.train.losses import next_token_loss as next_token_loss
+    from paperworks.train.optimizers import parameter_groups as parameter_groups
+    from paperworks.train.report import Report as Report
+    from paperworks.train.schedules import Constant as Constant
+    from paperworks.train.schedules import Cosine as Cosine
+    from paperworks.train.schedules import Linear as Linear
+    from paperworks.train.schedules import Schedule as Schedule
+    from paperworks.train.schedules import WarmupStableDecay as WarmupStableDecay
+    from paperworks.train.settings import Settings as Settings
+    from paperworks.train.step import Diverged as Diverged
+
+# Where each name lives. They are imported when asked for: the command line reads the settings without torch.
+_OFFERED = {
+    "Constant": "schedules",
+    "Cosine": "schedules",
+    "Diverged": "step",
+    "Interrupted": "interrupt",
+    "Linear": "schedules",
+    "Report": "report",
+    "Schedule": "schedules",
+    "Settings": "settings",
+    "WarmupStableDecay": "schedules",
+    "cross_entropy_sum": "losses",
+    "evaluate": "evaluation",
+    "fit": "loop",
+    "latest": "folder",
+    "next_token_loss": "losses",
+    "parameter_groups": "optimizers",
+    "perplexity": "evaluation",
+}
+
+__all__ = list(_OFFERED)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OFFERED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_OFFERED[name]}"), name)

@@ -1,0 +1,272 @@
+"""The one training loop."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from paperworks.train import distribution, evaluation, optimizers, randomness
+from paperworks.train.batches import Batches, Source
+from paperworks.train.folder import RunFolder
+from paperworks.train.interrupt import Interrupted, Wish, listening
+from paperworks.train.metrics import Callback, Log
+from paperworks.train.modes import evaluating, training
+from paperworks.train.objective import Loss
+from paperworks.train.optimizers import MakeOptimizer
+from paperworks.train.progress import Bar
+from paperworks.train.report import Report
+from paperworks.train.settings import Settings
+from paperworks.train.state import State
+from paperworks.train.step import Diverged, Stepper, Taken
+
+# However seldom it is logged, a run looks at its losses this often: an unsound step is found soon, and on a GPU the
+# numbers that wait there stay few.
+LOOK_EVERY = 256
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]] | Iterable[Any]
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    settings: Settings | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    optimizer: MakeOptimizer | None = None,
+    evaluate: Evaluate | None = None,
+    on_step: Callable[[int], bool | None] | None = None,
+    callbacks: Iterable[Callback] = (),
+    resume: bool = True,
+) -> Report:
+    """Train `model` in place by gradient descent on `loss` over `batches`, and report.
+
+    loss: loss(model, batch) -> a scalar (the mean of a batch that weighs as much as any other), or (sum, count), such
+        as the summed loss of tokens and their number; either followed by a dictionary of metrics, which are means over
+        the same elements, or (sum, count) pairs. What parts hand to `nn.auxiliary` is added, weighted by the count.
+    batches: any re-iterable (list, DataLoader), an object with state_dict and load_state_dict, or a function
+        epoch -> iterable; gone through as often as the steps need. See `train.batches.Source` on resuming.
+    run_dir: where metrics.jsonl and checkpoints go; None writes nothing.
+    optimizer: optimizer(parameter groups) -> torch.optim.Optimizer, called once; default AdamW. The learning rates that
+        its groups have then are their peaks; optimizers whose `step` needs a closure do not work.
+    evaluate: batches to measure `loss` on, or a function model -> {name: value}; the model is in evaluation mode.
+    on_step: called after each step with its number, counted from 1; True ends the run there.
+    callbacks: each called with every record of the log: {"step", "loss", "lr", "grad_norm", "seconds", "tokens" or
+        "items", metrics}, and {"step", "evaluation"}.
+    resume: go on from the newest checkpoint in `run_dir`, if any: same weights, bit for bit, as without the break, on
+        the same machine with the same number of threads. False refuses a folder that holds one.
+
+    Raises Diverged when a loss, a gradient or a weight is not finite; ValueError when there is nothing to learn from;
+    Interrupted (a KeyboardInterrupt) after Ctrl-C, when the step is finished and saved; OSError when a checkpoint
+    cannot be written. The newest complete checkpoint is whole in every case.
+    """
+    settings = settings or Settings()
+    distribution.require_single_process()
+    device = distribution.place(model, settings.device)
+    _require_trainable(model, loss, settings)
+    folder = RunFolder(run_dir) if run_dir is not None else None
+    source = Source(batches, recording=folder is not None)
+    _require_resumable(source, folder, resume)
+    with ExitStack() as stack:
+        stack.enter_context(training(model))
+        stack.enter_context(randomness.deterministic_kernels(settings.deterministic))
+        if folder is not None:
+            stack.enter_context(folder.locked())
+            folder.clean()
+        made = optimizers.make(model, settings, optimizer)
+        called = torch.compile(model) if settings.compile else model
+        stepper = Stepper(cast(nn.Module, called), loss, made, settings, device)
+        state = State(model, made, stepper.scaler, source, settings)
+        run = _Run(model, loss, settings, stepper, state, folder, evaluate, on_step)
+        run.begin(callbacks, resume)
+        stack.callback(run.end)
+        return run.train(stack.enter_context(listening()))
+
+
+def _require_trainable(model: nn.Module, loss: Loss, settings: Settings) -> None:
+    parameters = optimizers.trainable(model)
+    owned = {id(parameter) for parameter in model.parameters()}
+    if isinstance(loss, nn.Module):
+        own = [name for name, p in loss.named_parameters() if p.requires_grad and id(p) not in owned]
+        if own:
+            raise ValueError(f"the loss has parameters of its own ({', '.join(own)}): make them part of the model")
+    if settings.precision == "float16":
+        half = [name for name, parameter in parameters.items() if parameter.dtype == torch.float16]
+        if half:
+            raise ValueError(
+                f"precision 'float16' scales gradients and keeps float32 weights, but {half[0]} is float16: "
+                "call model.float() first, or train in bfloat16"
+            )
+    for parameter in parameters.values():
+        parameter.grad = None  # left by somebody else, it would enter the first step
+
+
+def _require_resumable(source: Source, folder: RunFolder | None, resume: bool) -> None:
+    if folder is None:
+        return
+    if resume and source.one_shot:
+        raise ValueError(
+            "batches is an iterator, which cannot be gone through again to resume: give a re-iterable, a function "
+            "epoch -> iterable, or say resume=False"
+        )
+    if not resume and folder.complete():
+        raise FileExistsError(
+            f"{folder.path} holds the checkpoint {folder.complete()[-1].name} of an earlier run, and resume=False: "
+            "use another run_dir, or remove this one"
+        )
+
+
+class _Run:
+    """One call of `fit`: the order in which steps, logging, evaluation and saving happen."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        settings: Settings,
+        stepper: Stepper,
+        state: State,
+        folder: RunFolder | None,
+        evaluate: Evaluate | None,
+        on_step: Callable[[int], bool | None] | None,
+    ) -> None:
+        self.model, self.loss, self.settings, self.stepper, self.state = model, loss, settings, stepper, state
+        self.folder, self.evaluate, self.on_step = folder, evaluate, on_step
+        self.losses: list[float] = []
+        self.rate = 0.0
+
+    def begin(self, callbacks: Iterable[Callback], resume: bool) -> None:
+        """Start the run, or go to where it was saved."""
+        earlier = self.folder.complete() if self.folder is not None and resume else []
+        if earlier:
+            self.state.resume(earlier[-1])
+        elif self.settings.seed is not None:
+            randomness.seed(self.settings.seed)
+        self.resumed_from = self.saved_at = self.state.step
+        first = distribution.is_first()
+        metrics = self.folder.metrics if self.folder is not None and first else None
+        self.log = Log(metrics, self.state.step, callbacks)
+        shown = self.settings.progress if first else False
+        self.bar = Bar(shown, self.settings.steps, self.state.step)
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """Close what is open."""
+        self.bar.close()
+        self.log.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the whole run."""
+        return self.state.seconds + time.monotonic() - self._began
+
+    def train(self, wish: Wish) -> Report:
+        """Take the steps that are left."""
+        stopped = "finished"
+        while self.state.step < self.settings.steps:
+            step = self.state.step + 1
+            self.rate = self.stepper.rate(step - 1)
+            self.stepper.take(self.state.source, step)
+            self.state.step = step
+            asked = self.on_step is not None and self.on_step(step) is True
+            self._observe(step)
+            if distribution.agree(wish.stop):
+                self._interrupt()
+            if asked:
+                stopped = "on_step"
+                break
+        self._catch_up()
+        if self.state.step > self.saved_at:
+            self._save()
+        return self._report(stopped)
+
+    def _observe(self, step: int) -> None:
+        """Log, evaluate and save where it is time to."""
+        settings = self.settings
+        last = step == settings.steps
+        if step % settings.log_every == 0 or last:
+            self._log(step)
+        elif self.bar.due or step % LOOK_EVERY == 0:
+            self._catch_up()
+        if self.evaluate is not None and (last or _due(step, settings.evaluate_every)):
+            self._evaluate(step)
+        if _due(step, settings.save_every):
+            self._save()
+
+    def _catch_up(self) -> Taken | None:
+        """Look at the steps taken since the last look; return the newest."""
+        taken = self.stepper.look()
+        if not taken:
+            return None
+        self.losses.extend(each.loss for each in taken)
+        counted = sum(each.elements for each in taken)
+        self.state.counted += counted
+        self.bar.draw(taken[-1].step, taken[-1].loss, self.rate, counted, self._unit)
+        return taken[-1]
+
+    @property
+    def _unit(self) -> str:
+        return "tokens" if self.stepper.counted else "items"
+
+    def _log(self, step: int) -> None:
+        newest = self._catch_up()
+        assert newest is not None  # a step was taken, and every look is at all of them
+        numbers = {"loss": newest.loss, "lr": self.rate, "grad_norm": newest.grad_norm, "seconds": self.seconds}
+        self.log.add({"step": step, **numbers, self._unit: self.state.counted, **self.stepper.metrics.means()})
+
+    def _evaluate(self, step: int) -> None:
+        self._catch_up()
+        with evaluating(self.model), randomness.undisturbed():
+            if callable(self.evaluate) and not hasattr(self.evaluate, "__iter__"):
+                measured = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            else:
+                measured = evaluation.evaluate(self.model, self.loss, self.evaluate)  # type: ignore[arg-type]
+        self.log.add({"step": step, "evaluation": measured, "seconds": self.seconds})
+
+    def _save(self) -> None:
+        self._catch_up()
+        self.saved_at = self.state.step
+        if self.folder is None or not distribution.is_first():
+            return
+        try:
+            self.state.save(self.folder.checkpoint(self.state.step), self.seconds)
+        except (OSError, Diverged) as error:
+            complete = self.folder.complete()
+            error.add_note(
+                f"The last complete checkpoint is {complete[-1] if complete else 'none: this was the first'}"
+            )
+            raise
+        self.folder.prune(self.settings.keep)
+
+    def _interrupt(self) -> None:
+        self._catch_up()
+        if self.state.step > self.saved_at:
+            self._save()
+        done = f"interrupted after step {self.state.step} of {self.settings.steps}"
+        if self.folder is None:
+            raise Interrupted(f"{done}; nothing was saved, for there is no run_dir", self._report("interrupted"))
+        raise Interrupted(
+            f"{done}; saved in {self.folder.checkpoint(self.state.step)}. "
+            f"To go on, run the same again with run_dir={str(self.folder.path)!r}",
+            self._report("interrupted"),
+        )
+
+    def _report(self, stopped: str) -> Report:
+        return Report(
+            steps=self.state.step,
+            resumed_from=self.resumed_from,
+            losses=self.losses,
+            records=self.log.records,
+            seconds=self.seconds,
+            counted=self.state.counted,
+            checkpoints=self.folder.complete() if self.folder is not None else [],
+            stopped=stopped,
+        )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,130 @@
+"""Next-token cross entropy, lean where vocabularies are large."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+IGNORED = -100
+
+# Logits widened at a time: 1 MB of float32 stays in a CPU's cache; a GPU wants work enough to fill it (256 MB).
+CHUNK = {"cpu": 2**18}
+DEVICE_CHUNK = 2**26
+
+# Below this many logits torch's own function is faster, and its memory does not matter.
+LEAN_FROM = 2**20
+
+
+def next_token_loss(model: nn.Module, batch: Any) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Return (sum of -log p(next token), number of tokens predicted): what `fit` and `evaluate` take.
+
+    batch: int64 tokens (batch, time), or a mapping with
+        "tokens": int64 (batch, time);
+        "targets": int64 (batch, time), the token to predict AT each position, that is, after it; -100 is ignored.
+            Without it, each position's target is the token that follows in the row;
+        "segments": int64 (batch, time), which document of a packed row a token belongs to; 0 is padding. Nothing is
+            learned at padding, nor across the border of two documents.
+    model: model(tokens) -> logits (batch, time, vocab), or an object that has them as `.logits`; it is called as
+        model(tokens, segments=segments) when there are segments.
+    Raises TypeError or ValueError when the batch is not like that.
+    """
+    tokens, targets, segments = _parts(batch)
+    output = model(tokens) if segments is None else model(tokens, segments=segments)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[:2] != tokens.shape or logits.dim() != 3:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the model returned {got} for tokens {tuple(tokens.shape)}; logits (batch, time, vocab) are needed"
+        )
+    wanted = next_targets(tokens, targets, segments)
+    cross_entropy = cross_entropy_sum if logits.numel() >= LEAN_FROM else plain_cross_entropy_sum
+    return cross_entropy(logits.flatten(0, 1), wanted.flatten()), (wanted != IGNORED).sum()
+
+
+def _parts(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(batch, Tensor):
+        batch = {"tokens": batch}
+    if not isinstance(batch, Mapping) or "tokens" not in batch:
+        raise TypeError(
+            f"the batch is {type(batch).__name__}; next_token_loss needs int64 tokens (batch, time), "
+            'or a mapping with "tokens" and, if wanted, "targets" and "segments"'
+        )
+    tokens, targets, segments = batch["tokens"], batch.get("targets"), batch.get("segments")
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        raise ValueError(f"tokens is {tokens.dtype} {tuple(tokens.shape)}; int64 (batch, time) is needed")
+    for name, other in (("targets", targets), ("segments", segments)):
+        if other is not None and other.shape != tokens.shape:
+            raise ValueError(f"{name} has shape {tuple(other.shape)}, tokens {tuple(tokens.shape)}; they must be equal")
+    return tokens, targets, segments
+
+
+def next_targets(
+    tokens: Int[Tensor, "batch time"],
+    targets: Int[Tensor, "batch time"] | None,
+    segments: Int[Tensor, "batch time"] | None,
+) -> Int[Tensor, "batch time"]:
+    """Return what each position is to predict; -100 where nothing, as at padding and at the end of each document."""
+    if targets is None:
+        targets = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+    if segments is not None:
+        follows = functional.pad(segments[:, 1:] == segments[:, :-1], (0, 1), value=True)
+        targets = targets.masked_fill(~follows | (segments == 0), IGNORED)
+    return targets
+
+
+def cross_entropy_sum(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+    """Return the sum of -log softmax(logits)[target] over rows whose target is not -100, in float32 or wider.
+
+    Equal to `plain_cross_entropy_sum`, but what it keeps for the backward pass is one number a row: the softmax is
+    computed again there, chunk by chunk, straight into the gradient in the dtype of the logits.
+    """
+    loss: Tensor = _CrossEntropySum.apply(logits, targets)
+    return loss
+
+
+def plain_cross_entropy_sum(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+    """Return the same sum by torch's own function, which keeps a float32 log-softmax of all logits."""
+    return functional.cross_entropy(logits.to(_wide(logits)), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _chunk_rows(logits: Tensor) -> int:
+    return max(1, CHUNK.get(logits.device.type, DEVICE_CHUNK) // logits.shape[1])
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """sum_i (logsumexp(z_i) - z_i[target_i]); its gradient is softmax(z_i) - onehot(target_i)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        kept = targets != IGNORED
+        index = torch.where(kept, targets, 0)
+        wide, rows = _wide(logits), _chunk_rows(logits)
+        normalizer = torch.cat([chunk.to(wide).logsumexp(dim=1) for chunk in logits.split(rows)])
+        picked = logits.gather(1, index[:, None]).squeeze(1).to(wide)
+        ctx.save_for_backward(logits, index, kept, normalizer)
+        return torch.where(kept, normalizer - picked, 0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:
+        logits, index, kept, normalizer = ctx.saved_tensors
+        gradient, rows = torch.empty_like(logits), _chunk_rows(logits)
+        weight = above[0] * kept
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            probability = (logits[part].to(normalizer.dtype) - normalizer[part, None]).exp_()
+            probability.scatter_add_(
+                1, index[part, None], probability.new_full((1, 1), -1.0).expand(len(probability), 1)
+            )
+            probability *= weight[part, None]
+            probability[~kept[part]] = 0  # also where such a row's logits are not finite
+            gradient[part] = probability
+        return gradient, None

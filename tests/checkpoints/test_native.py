@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+
+import paperworks as pw
+from paperworks import adapt, checkpoints
+from paperworks.errors import CorruptFile
+from paperworks.models import Block, Decoder
+from paperworks.nn import Attention, GatedMLP, RMSNorm, RoPE
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    block = Block(norm=RMSNorm(), mixer=Attention(heads=2, position=RoPE()), feedforward=GatedMLP(hidden=24))
+    spec = Decoder(**{"vocab_size": 31, "dim": 16, "depth": 2, "block": block, "norm": RMSNorm(), **changes})
+    return pw.build(spec).eval()
+
+
+TOKENS = torch.randint(0, 31, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_folders_round_trip_bit_for_bit(tmp_path, tied, dtype):
+    before = model(tied=tied).to(dtype)
+    pw.save(before, tmp_path / "m")
+    after = pw.load(tmp_path / "m")
+    assert after.spec == before.spec
+    assert after.dtype == dtype
+    assert torch.equal(after(TOKENS), before(TOKENS))
+    assert (after.unembedding.weight is after.embedding.weight) == tied
+    assert not after.training
+
+
+def test_shards_round_trip(tmp_path):
+    before = model()
+    checkpoints.save_native(before, tmp_path / "m", max_shard_bytes=4000)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    assert torch.equal(pw.load(tmp_path / "m")(TOKENS), before(TOKENS))
+
+
+def test_saving_again_replaces_the_folder_and_a_failure_keeps_it(tmp_path, monkeypatch):
+    pw.save(model(), tmp_path / "m")
+    first = pw.load(tmp_path / "m")(TOKENS)
+
+    def full_disk(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    changed = model()
+    torch.nn.init.ones_(changed.embedding.weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.native, "write_shards", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            pw.save(changed, tmp_path / "m")
+    assert torch.equal(pw.load(tmp_path / "m")(TOKENS), first)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]  # nothing half-written is left behind
+    pw.save(changed, tmp_path / "m")
+    assert not torch.equal(pw.load(tmp_path / "m")(TOKENS), first)
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    pw.save(model(), tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / ".m.previous")  # what such a kill leaves behind
+    assert pw.load(tmp_path / "m").spec.dim == 16
+
+
+def test_flipped_bits_are_noticed(tmp_path):
+    pw.save(model(), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-77] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CorruptFile):
+        pw.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("cut", [0, 5, 50, 2000])
+def test_truncated_weights_are_noticed(tmp_path, cut):
+    pw.save(model(), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CorruptFile):
+        pw.load(tmp_path / "m")
+
+
+def _respec(folder, change):
+    path = folder / "spec.json"
+    header = json.loads(path.read_text())
+    change(header)
+    path.write_text(json.dumps(header))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["spec"].update(dim=32), r"embedding.weight has shape \(31, 16\), expected \(31, 32\)"),
+        (lambda h: h["spec"].update(depth=3), "missing blocks.2.mixer.query.weight"),
+        (lambda h: h["spec"].update(depth=1), "unexpected blocks.1"),
+        (lambda h: h["spec"].update(depth=10**9), "describes 1000000000 blocks, more than there are tensors"),
+        (lambda h: h["spec"].update(type="RMSNorm"), "does not describe a model"),
+        (lambda h: h.pop("spec"), "does not describe a model"),
+        (lambda h: h.update(format=99), "format 99, this version reads 1"),
+    ],
+)
+def test_specs_that_do_not_fit_the_weights_list_what_differs(tmp_path, change, message):
+    pw.save(model(), tmp_path / "m")
+    _respec(tmp_path / "m", change)
+    with pytest.raises(CorruptFile, match=message):
+        pw.load(tmp_path / "m")
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'smollm2'"):
+        pw.load("smollm")
+    with pytest.raises(ValueError, match="It is a preset"):
+        pw.load("gpt2")
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        pw.load("./nothing-here")
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        pw.load(tmp_path)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"never executed.*weights_only=True"):
+        pw.load(tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"model_type": "lama"}')
+    with pytest.raises((ValueError, FileNotFoundError)):
+        pw.load(tmp_path)
+
+
+def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
+    adapted = adapt.apply(model(), adapt.LoRA(rank=2))
+    with pytest.raises(ValueError, match="merge or save its adapters first"):
+        pw.save(adapted, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_hostile_configs_are_refused(tmp_path):
+    from paperworks.checkpoints.hf_config import spec_from_config
+
+    good = {
+        "model_type": "llama",
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    }
+    assert spec_from_config(good).dim == 16
+    for change, message in (
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"hidden_size": "16"}, "Decoder.dim must be int"),
+        ({"num_attention_heads": 0}, "heads must be at least 1"),
+        ({"num_key_value_heads": 3}, "must divide heads"),
+        ({"rope_scaling": {"type": "yam"}}, "or 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"rms_norm_eps": None}, "wrong kind"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spec_from_config(good | change)
+    with pytest.raises(CorruptFile, match="lacks 'hidden_size'"):
+        spec_from_config({key: value for key, value in good.items() if key != "hidden_size"})
+
+
+def test_specs_no_family_expresses_are_not_exported(tmp_path):
+    from paperworks.nn import LayerNorm
+
+    odd = model(norm=LayerNorm())
+    with pytest.raises(ValueError, match="no Hugging Face family expresses this model"):
+        pw.export(odd, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
