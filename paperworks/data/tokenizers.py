@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from paperworks.atomic import writing_file
 from paperworks.data.tokenizer_files import SpecialTokens, config_for, read_backend, read_folder
 from paperworks.data.tokenizer_gguf import gguf_special_tokens, gguf_tokenizer
+from paperworks.data.tokenizer_gguf_writer import gguf_metadata
 
 END_OF_TEXT = "<|endoftext|>"
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -91,6 +92,14 @@ class Tokenizer:
         template = metadata.get("tokenizer.chat_template")
         special = gguf_special_tokens(metadata)
         return Tokenizer(backend, special, chat_template=template if isinstance(template, str) else None)
+
+    def gguf_metadata(self) -> dict[str, object]:
+        """Describe this tokenizer as a GGUF file's metadata does; `from_gguf` reads it back with the same ids.
+
+        Raises:
+            ValueError: a kind of vocabulary, or rules for cutting text, that GGUF has no name for.
+        """
+        return gguf_metadata(self.backend, self.special, self.chat_template)
 
     @cached_property
     def vocab_size(self) -> int:

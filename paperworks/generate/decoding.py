@@ -1,13 +1,13 @@
 """The decoding loop: one for every architecture, since every mixer keeps the same kind of cache."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from paperworks.generate.matvec import fast_linears, one_torch_thread
+from paperworks.generate.matvec import fast_linears
 from paperworks.generate.prompts import Prompts, left_pad
 from paperworks.generate.sampling import Sampling
 
@@ -45,10 +45,10 @@ def decode(
     written: list[list[int]] = [[] for _ in range(batch)]
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        fast = stack.enter_context(fast_linears(model))
+        stack.enter_context(fast_linears(model))
         cache = None
         for step in range(max_new_tokens):
-            with torch.inference_mode(), one_torch_thread() if fast and step else nullcontext():
+            with torch.inference_mode():
                 if cache is None:
                     cache = model.new_cache(batch, tokens.shape[1] + max_new_tokens)  # type: ignore[operator]
                 logits = model(tokens, segments=segments, cache=cache, last=1)[:, -1]

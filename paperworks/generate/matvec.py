@@ -1,37 +1,36 @@
 """Matrix-vector products at the speed of memory: what decoding spends its time on.
 
-On a CPU the product of a float32 matrix with one or a few vectors through torch reads memory at about half the rate
-that NumPy's BLAS reaches on the same storage (benchmarks/decode.py prints both), so decoding hands these products to
-NumPy, without a copy. Everything else (other dtypes, devices, many rows, gradients, subclasses) takes torch's path.
+On a CPU torch multiplies a float32 matrix by one vector on one thread, which reads memory at half the machine's rate.
+The same product as a batch of row blocks, one a thread, uses them all, on the same storage and without a copy
+(benchmarks/decode.py prints both rates). Half-precision matrices are read fast for one vector, but where the processor
+has no instructions for their products (see `nn.half_precision`) several vectors are multiplied in float32 and rounded.
+Everything else (devices, many rows, gradients, subclasses) takes torch's path.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.nn.half_precision import has_native_products
+
 MOST_ROWS = 16  # beyond this torch's blocked matrix product is the faster one
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def product(x: Float[Tensor, "rows columns"], weight: Float[Tensor, "out columns"], blocks: int) -> Tensor:
+    """Return x weight^T, computed as `blocks` products with equal blocks of the weight's rows."""
+    parts = weight.view(blocks, -1, weight.shape[1])
+    out = torch.bmm(parts, x.t().expand(blocks, -1, -1))
+    return out.view(1, -1) if x.shape[0] == 1 else out.flatten(0, 1).t().contiguous()
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Keep torch on one thread inside the context: two pools of spinning threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def fast_linears(model: nn.Module) -> Iterator[bool]:
-    """Let the plain linear layers of `model` use NumPy's products inside the context; hooks see what they always see.
-
-    Gives whether any layer does; then small steps should run inside `one_torch_thread`.
-    """
+def fast_linears(model: nn.Module) -> Iterator[None]:
+    """Let the plain linear layers of `model` use the faster products inside the context; hooks see the same."""
     swapped = [
         module
         for module in model.modules()
@@ -40,27 +39,43 @@ def fast_linears(model: nn.Module) -> Iterator[bool]:
     for module in swapped:
         module.forward = _forward(module)  # type: ignore[method-assign, assignment]
     try:
-        yield bool(swapped)
+        yield
     finally:
         for module in swapped:
             vars(module).pop("forward", None)
 
 
 def _suits(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    if weight.device.type != "cpu":
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype in _HALVES and not has_native_products(weight.dtype))
 
 
 def _forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    weight, bias = module.weight, module.bias
-    matrix, storage = weight.detach().numpy().T, weight.data_ptr()
+    return _float32(module) if module.weight.dtype == torch.float32 else _half(module)
+
+
+def _float32(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    blocks, columns = torch.get_num_threads(), module.in_features
+    if blocks == 1 or module.out_features % blocks or not module.weight.is_contiguous():
+        return lambda x: F.linear(x, module.weight, module.bias)
 
     def forward(x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows > MOST_ROWS or x.dtype != torch.float32 or torch.is_grad_enabled() or module.weight is not weight:
-            return F.linear(x, module.weight, module.bias)
-        if weight.data_ptr() != storage:  # the storage was swapped under the parameter (.data = ...)
+        weight, bias = module.weight, module.bias
+        rows = x.numel() // columns
+        if rows > MOST_ROWS or x.dtype != weight.dtype or torch.is_grad_enabled():
             return F.linear(x, weight, bias)
-        out = torch.from_numpy(x.reshape(rows, -1).numpy() @ matrix).view(*x.shape[:-1], -1)
+        out = product(x.reshape(rows, columns), weight, blocks).view(*x.shape[:-1], -1)
         return out if bias is None else out.add_(bias)
+
+    return forward
+
+
+def _half(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        if x.numel() == x.shape[-1] or torch.is_grad_enabled() or x.dtype not in _HALVES:
+            return F.linear(x, weight, bias)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     return forward

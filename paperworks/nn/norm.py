@@ -84,6 +84,8 @@ class RootMeanSquareNorm(nn.Module):
                 return F.rms_norm(x, (self.dim,), 1 + self.weight, self.eps)
             return F.rms_norm(x.float(), (self.dim,), 1 + self.weight.float(), self.eps).type_as(x)
         if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+            if x.device.type == "cpu":  # torch has no fused kernel there, and its composition is the slower one
+                return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
             return F.rms_norm(x, (self.dim,), self.weight, self.eps)
         # LLaMA's order: normalize in float32, cast back, then multiply by the gain.
         return F.rms_norm(x.float(), (self.dim,), None, self.eps).type_as(x) * self.weight.to(x.dtype)

@@ -1,7 +1,7 @@
 """Where tokens stand: the one argument every mixer receives beside its input, and the cache that carries it on."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Stream:
 
     def at(self, cache: MixerCache | None) -> "Stream":
         """Return this stream as the mixer that owns `cache` sees it; memo and tables stay shared."""
-        return self if cache is self.cache else replace(self, cache=cache)
+        return self if cache is self.cache else Stream(**{**vars(self), "cache": cache})
 
 
 class Cache:

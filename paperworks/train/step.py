@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from paperworks.nn import auxiliary
+from paperworks.nn import auxiliary, half_precision
 from paperworks.train import distribution, objective
 from paperworks.train.batches import Source
 from paperworks.train.objective import Loss, Tally, Value
@@ -84,6 +84,12 @@ class Stepper:
         dtype = getattr(torch, self.settings.precision)
         return torch.autocast(self.device.type, dtype)
 
+    def _products(self) -> AbstractContextManager[Any]:
+        """Half-precision products at float32's speed, on processors that have no instructions for them."""
+        if self.settings.precision == "float32" or self.device.type != "cpu":
+            return nullcontext()
+        return half_precision.products_in_float32(getattr(torch, self.settings.precision))
+
     def rate(self, step: int) -> float:
         """Set the learning rate of every group for `step` and return that of the first."""
         factor = self.settings.factor(step)
@@ -113,7 +119,7 @@ class Stepper:
         """Add the gradient of one micro-batch; return its value, as floats where looking costs nothing."""
         if self.device.type != "cpu":
             batch = distribution.move(batch, self.device)
-        with self._autocast, auxiliary.collecting() as collected:
+        with self._autocast, self._products(), auxiliary.collecting() as collected:
             value = objective.read(self.loss(self.model, batch))
             extra = collected.total()
         objective.require_gradient(value.sum)
@@ -129,7 +135,8 @@ class Stepper:
             self.metrics.add_metrics(value.metrics, value.elements)
         if self.settings.accumulate == 1 and value.counted:
             goal = goal / distribution.total(value.elements)  # cheaper than dividing every gradient
-        self.scaler.scale(goal).backward()
+        with self._products():
+            self.scaler.scale(goal).backward()
         return value
 
     def _look_early(self, value: Value, place: Place) -> Value:
