@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from paperworks.compress.blockwise import (
@@ -62,10 +62,10 @@ class FourBit(WeightFormat):
         packed = stored["codes"]
         scales = decode_scales(stored) if self.double_quantization else stored["scales"]
         count = shape[0] * shape[1]
-        values = _pairs(self.values, packed.device)[packed.int()].flatten()
+        values = _pairs(self.values, packed.device).index_select(0, packed.int()).view(torch.float32)
         if values.numel() % self.block:
             values = torch.cat((values, values.new_zeros(-values.numel() % self.block)))
-        return (values.view(-1, self.block) * scales[:, None]).flatten()[:count].view(shape)
+        return values.view(-1, self.block).mul_(scales[:, None]).flatten()[:count].view(shape)
 
     def _ascending(self, device: torch.device) -> tuple[Tensor, Tensor]:
         values = torch.tensor(self.values, device=device)
@@ -78,11 +78,11 @@ class FourBit(WeightFormat):
 _PAIRS: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 
-def _pairs(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "256 2"]:
-    """Return the two values of every byte: one look-up decodes two weights."""
+def _pairs(values: tuple[float, ...], device: torch.device) -> Int[Tensor, "256"]:
+    """Return the two float32 values of every byte as one 64-bit number: one look-up decodes two weights."""
     if (values, device) not in _PAIRS:
         codes = unpack_nibbles(torch.arange(256, dtype=torch.uint8)).int()
-        _PAIRS[values, device] = torch.tensor(values)[codes].view(256, 2).to(device)
+        _PAIRS[values, device] = torch.tensor(values)[codes].view(torch.int64).to(device)
     return _PAIRS[values, device]
 
 

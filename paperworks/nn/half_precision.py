@@ -29,7 +29,7 @@ def has_native_products(dtype: torch.dtype) -> bool:
 
 
 def products_in_float32(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Inside the context, compute CPU matrix products and attention of `dtype` in float32 where that is the faster way."""
+    """Inside the context, compute CPU matrix products and attention of `dtype` in float32 where that is faster."""
     return nullcontext() if has_native_products(dtype) else _Wide()
 
 
