@@ -66,7 +66,9 @@ def load_control_vector(path: str | Path) -> ControlVector:
     for name, tensor in file.tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None or len(tensor.shape) != 1:
-            raise CorruptFile(f"{path}: the tensor {name!r} of shape {tensor.shape} is no direction of a control vector")
+            raise CorruptFile(
+                f"{path}: the tensor {name!r} of shape {tensor.shape} is no direction of a control vector"
+            )
         directions[f"blocks.{match[1]}"] = tensor.load(torch.float32)
     if not directions:
         raise CorruptFile(f"{path} holds no direction")

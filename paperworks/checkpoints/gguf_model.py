@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from paperworks.checkpoints.gguf import GGUFFile
 from paperworks.checkpoints.gguf_writer import write
 from paperworks.checkpoints.hf_config import config_from_spec
-from paperworks.checkpoints.layout import Codec, RotaryPermuted, Rule, Shifted, Stacked, export_weights, import_weights
+from paperworks.checkpoints.layout import (
+    Codec,
+    RotaryPermuted,
+    Rule,
+    Shifted,
+    Stacked,
+    export_weights,
+    import_weights,
+    require_depth,
+)
 from paperworks.compress import GGML, CompressedLinear
 from paperworks.compress.ggml import BLOCKS
 from paperworks.errors import CorruptFile, unknown
@@ -93,7 +102,9 @@ def _scaling(file: GGUFFile) -> Llama3Scaling | None:
     if factors is None:
         return None
     divisors = factors.load(torch.float32)
-    scaling = Llama3Scaling(factor=max(1.0, round(float(divisors.max()), 4)))
+    trained = file.metadata.get("llama.rope.scaling.original_context_length", 8192)
+    factor = max(1.0, round(float(divisors.max()), 4))
+    scaling = Llama3Scaling(factor=factor, trained_length=int(trained))  # type: ignore[call-overload]
     base = float(file.metadata.get("llama.rope.freq_base", 10_000.0))  # type: ignore[arg-type]
     rope = RoPE(base=base)
     dim = 2 * divisors.numel()
@@ -136,11 +147,13 @@ def load_gguf(
     With `keep_quantized`, linear layers hold the file's own blocks and decode them when they are used.
     """
     spec = spec_from_metadata(file)
+    source = _Source(file, dtype or torch.float32)
+    require_depth(spec, source, origin)
     architecture = str(file.metadata["general.architecture"])
     table = rules(architecture, spec)
     model = import_weights(
         spec,
-        _Source(file, dtype or torch.float32),
+        source,
         table,
         ignorable=lambda name: name == "rope_freqs.weight" or (spec.tied and name == "output.weight"),
         origin=origin,
@@ -200,6 +213,9 @@ def metadata_from_spec(spec: Decoder, name: str) -> dict[str, object]:
         "rope.freq_base": mixer.position.base,
         "vocab_size": spec.vocab_size,
     }
+    scaling = mixer.position.scaling
+    if isinstance(scaling, Llama3Scaling):
+        entries = {**entries, "rope.scaling.original_context_length": scaling.trained_length}
     general = {"general.architecture": architecture, "general.name": name}
     return general | {f"{architecture}.{key}": value for key, value in entries.items()}
 

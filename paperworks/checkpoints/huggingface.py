@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paperworks import atomic
 from paperworks.checkpoints import hf_names
 from paperworks.checkpoints.hf_config import config_from_spec, spec_from_config
-from paperworks.checkpoints.layout import Rule, TensorSource, export_weights, import_weights
+from paperworks.checkpoints.layout import Rule, TensorSource, export_weights, import_weights, require_depth
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.errors import CorruptFile
 from paperworks.models import DecoderModel
@@ -83,6 +83,7 @@ def from_transformers(module: nn.Module) -> DecoderModel:
 
 def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtype | None, origin: str) -> DecoderModel:
     spec = spec_from_config(config)
+    require_depth(spec, source, origin)
     rules = hf_names.rules(str(config["model_type"]), spec)
     named = _Named(source, rules)
 

@@ -110,6 +110,13 @@ class Rule:
     optional: bool = False
 
 
+def require_depth(spec: Decoder, source: TensorSource, origin: str) -> None:
+    """Refuse a description with more blocks than there are tensors, before anything is made for each block."""
+    count = sum(1 for _ in source.keys())  # noqa: SIM118  (not a mapping)
+    if spec.depth > count:
+        raise CorruptFile(f"{origin} describes {spec.depth} blocks but holds only {count} tensors")
+
+
 def build_empty(spec: Decoder) -> DecoderModel:
     """Build a model on the meta device: shapes without memory."""
     with torch.device("meta"):
@@ -131,8 +138,6 @@ def import_weights(
         CorruptFile: listing at once everything that is missing, unexpected or of another shape (both shapes given).
     """
     names = set(source.keys())
-    if spec.depth > max(len(names), 1):
-        raise CorruptFile(f"{origin} describes {spec.depth} blocks but holds only {len(names)} tensors")
     model = build_empty(spec)
     wanted = model.state_dict()
     rules = [rule for rule in rules if all(name in wanted for name in rule.ours)]

@@ -7,7 +7,7 @@ import torch
 
 from paperworks import atomic
 from paperworks.checkpoints.huggingface import read_json
-from paperworks.checkpoints.layout import Rule, build_empty, import_weights
+from paperworks.checkpoints.layout import Rule, build_empty, import_weights, require_depth
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.errors import CorruptFile
 from paperworks.models import Decoder, DecoderModel
@@ -45,8 +45,7 @@ def load_native(folder: Path, dtype: torch.dtype | None = None) -> DecoderModel:
     except (KeyError, ValueError, AttributeError) as error:
         raise CorruptFile(f"{folder}/spec.json does not describe a model: {error}") from error
     source = open_store(folder)
-    if spec.depth > len(list(source.keys())):
-        raise CorruptFile(f"{folder}/spec.json describes {spec.depth} blocks, more than there are tensors")
+    require_depth(spec, source, str(folder))
     names = [name for name in build_empty(spec).state_dict() if not (spec.tied and name == "unembedding.weight")]
     rules = [Rule(name, (name,)) for name in names]
     return import_weights(spec, source, rules, dtype=dtype, origin=str(folder))

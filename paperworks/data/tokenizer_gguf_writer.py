@@ -64,7 +64,7 @@ def _roles(backend: tokenizers.Tokenizer, special: SpecialTokens) -> dict[str, o
     begins = special.add_bos
     if begins is None:  # the post-processor decides
         begins = "bos" in ids and backend.encode("a").ids[:1] == [ids["bos"]]
-    return {f"{role}_token_id": index for role, index in ids.items()} | {"add_bos_token": begins}
+    return {**{f"{role}_token_id": index for role, index in ids.items()}, "add_bos_token": begins}
 
 
 def _name(described: dict[str, Any]) -> str:

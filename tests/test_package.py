@@ -1,0 +1,37 @@
+import subprocess
+import sys
+
+import pytest
+
+from paperworks.errors import nearest, unknown
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_is_light_and_loads_no_torch():
+    out = run(
+        "import time; began = time.process_time(); import paperworks; took = time.process_time() - began\n"
+        "import sys; print(took, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    ).split()
+    assert float(out[0]) < 0.3  # the bar of the house
+    assert out[1:] == ["False", "False"]
+
+
+def test_generate_is_a_room_and_a_function_whatever_was_imported_first():
+    for first in ("import paperworks as pw", "import paperworks.generate; import paperworks as pw"):
+        assert run(f"{first}; print(callable(pw.generate)); from paperworks.generate import Sampling").strip() == "True"
+
+
+def test_unknown_attributes_are_attribute_errors():
+    import paperworks as pw
+
+    with pytest.raises(AttributeError, match="laod"):
+        pw.laod  # noqa: B018
+
+
+def test_near_misses_are_named_best_first():
+    assert nearest("lama", ["llama", "mistral", "gemma"])[0] == "llama"
+    assert unknown("preset", "zzz", ["a", "b"]) == "unknown preset 'zzz'. Known: a, b"
+    assert "(20 in all)" in unknown("preset", "zzz", map(str, range(20)))
