@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,4 +141,5 @@ class Paper:
         """The file that states the claims, whose hash tells whether a recorded result is stale."""
         if not self.claims:
             raise ValueError(f"paper {self.key!r} has no claims yet, so there is nothing to run")
-        return Path(self.claims[0].check.__code__.co_filename)
+        # A decorator such as torch.no_grad() would be found in its own file.
+        return Path(inspect.unwrap(self.claims[0].check).__code__.co_filename)

@@ -4,7 +4,8 @@ import json
 import random
 
 import pytest
-from tokenizers import Regex, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
 from paperworks.data import assets
 from paperworks.data.tokenizer_files import SpecialTokens
@@ -12,7 +13,11 @@ from paperworks.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, 
 from paperworks.errors import AssetUnavailable
 from paperworks.generate import generate
 
-PROSE = ["the quick brown fox jumps over the lazy dog 1234 times", "hello world, hello again; naïve café", "a b  c\n\nd"]
+PROSE = [
+    "the quick brown fox jumps over the lazy dog 1234 times",
+    "hello world, hello again; naïve café",
+    "a b  c\n\nd",
+]
 NAMES = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "mpt")
 
 

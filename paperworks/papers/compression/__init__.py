@@ -1,0 +1,1 @@
+"""Papers on storing weights in few bits, and on the formats that do."""
