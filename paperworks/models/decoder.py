@@ -55,9 +55,7 @@ class Decoder(Spec):
                 "give one spec for every layer, or exactly one a layer"
             )
         if self.position is not None and self.context is not None and self.position.length < self.context:
-            raise ValueError(
-                f"Decoder.context ({self.context}) exceeds the {self.position.length} learned positions"
-            )
+            raise ValueError(f"Decoder.context ({self.context}) exceeds the {self.position.length} learned positions")
         for block in dict.fromkeys(self.block if isinstance(self.block, tuple) else (self.block,)):
             block.mixer.check(self.dim)
 
