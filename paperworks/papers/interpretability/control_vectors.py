@@ -183,12 +183,16 @@ def steers_to_capitals(lab: Lab) -> Verdict:
     share = {strength: _capitals(written) for strength, written in texts.items()}
     blind_share = {strength: _capitals(written) for strength, written in blind.items()}
     _draw_shares(lab, share, {0: share[0], **blind_share})
-    best = max((value for value in WORKING if value in share), key=lambda value: share[value])
+    shown = [value for value in WORKING if value in share]
+    best = max(shown, key=lambda value: share[value])
     lab.table(
         "What SmolLM2 answers, greedily",
-        ["question", "unchanged", f"+{best} times the vector", "-4 times the vector", f"+{best} times a random one"],
+        ["question", "unchanged", *(f"+{value} times the vector" for value in shown), "-4 times the vector"],
         [
-            [question, *(written[row].strip() for written in (texts[0], texts[best], reversed_texts, blind[best]))]
+            [
+                question,
+                *(written[row].strip() for written in (texts[0], *(texts[value] for value in shown), reversed_texts)),
+            ]
             for row, question in enumerate(QUESTIONS[: min(4, len(texts[0]))])
         ],
     )
@@ -227,7 +231,7 @@ def _draw_shares(lab: Lab, share: dict[int, float], blind: dict[int, float]) -> 
         axes.plot(list(blind), list(blind.values()), color=CONTROL, marker="s", label="random direction (control)")
         axes.plot(list(share), list(share.values()), color=COLORS[0], marker="o", label="control vector")
         axes.axhline(0.4, color=INK, linewidth=0.8, linestyle=":")
-        axes.text(max(share), 0.42, "what the claim asks for", ha="right", fontsize=9)
+        axes.text(0, 0.42, "what the claim asks for", fontsize=9)
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xticks(list(share))
