@@ -4,5 +4,6 @@ assets      real weights by name, fetched once and verified
 text        public data sets by name
 tokenizers  text to ids and back
 chat        conversations as text, in a sandbox
+windows     stretches of a text as batches
 algorithmic tasks whose every answer is known
 """

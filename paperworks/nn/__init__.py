@@ -2,6 +2,7 @@
 
 from paperworks.nn.attention import Attention
 from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
+from paperworks.nn.identity_norm import NoNorm
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
 from paperworks.nn.position import (
@@ -35,6 +36,7 @@ __all__ = [
     "Mixer",
     "MixerCache",
     "NTKScaling",
+    "NoNorm",
     "Norm",
     "RMSNorm",
     "RoPE",
