@@ -4,6 +4,7 @@ import torch
 import transformers
 
 from paperworks.checkpoints import from_transformers
+from paperworks.models.presets import llama
 
 DIM, DEPTH, HEADS, HIDDEN, VOCAB = 512, 8, 8, 1376, 8192
 
@@ -22,6 +23,11 @@ def peer_model() -> torch.nn.Module:
         eos_token_id=None,
     )
     return transformers.LlamaForCausalLM(config)
+
+
+def our_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return llama(DIM, DEPTH, HEADS, HIDDEN, vocab_size=VOCAB).build()
 
 
 def pair():
