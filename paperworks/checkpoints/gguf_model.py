@@ -71,14 +71,18 @@ def spec_from_metadata(file: GGUFFile) -> Decoder:
     gemma = architecture == "gemma"
     norm = RMSNorm(eps=float(entry("attention.layer_norm_rms_epsilon", float)), offset=gemma)
     head_dim = entry("attention.key_length", int, dim // heads)
-    fraction = entry("rope.dimension_count", int, head_dim) / head_dim
+    if head_dim < 1:
+        raise CorruptFile(f"metadata entry {architecture}.attention.key_length must be at least 1, got {head_dim}")
+    rotated = entry("rope.dimension_count", int, head_dim)
+    base = float(entry("rope.freq_base", float, 10_000.0))
+    scaling = _scaling(file, base, rotated, entry("rope.scaling.original_context_length", int, 8192))
     mixer = Attention(
         heads=heads,
         kv_heads=entry("attention.head_count_kv", int, heads),
         head_dim=None if head_dim * heads == dim else head_dim,
         bias=architecture == "qwen2",
         output_bias=False,
-        position=RoPE(base=float(entry("rope.freq_base", float, 10_000.0)), fraction=fraction, scaling=_scaling(file)),
+        position=RoPE(base=base, fraction=rotated / head_dim, scaling=scaling),
     )
     return Decoder(
         vocab_size=table.shape[0],
@@ -96,18 +100,16 @@ def spec_from_metadata(file: GGUFFile) -> Decoder:
     )
 
 
-def _scaling(file: GGUFFile) -> Llama3Scaling | None:
+def _scaling(file: GGUFFile, base: float, dim: int, trained: int) -> Llama3Scaling | None:
     """Recover Llama 3.1's rule from the tensor of divisors it travels as, and check that it gives them."""
     factors = file.tensors.get("rope_freqs.weight")
     if factors is None:
         return None
+    if factors.shape != (dim // 2,):
+        raise CorruptFile(f"rope_freqs.weight has shape {factors.shape}, expected {(dim // 2,)}: one for each pair")
     divisors = factors.load(torch.float32)
-    trained = file.metadata.get("llama.rope.scaling.original_context_length", 8192)
-    factor = max(1.0, round(float(divisors.max()), 4))
-    scaling = Llama3Scaling(factor=factor, trained_length=int(trained))  # type: ignore[call-overload]
-    base = float(file.metadata.get("llama.rope.freq_base", 10_000.0))  # type: ignore[arg-type]
+    scaling = Llama3Scaling(factor=max(1.0, round(float(divisors.max()), 4)), trained_length=trained)
     rope = RoPE(base=base)
-    dim = 2 * divisors.numel()
     if not torch.allclose(rope.unscaled(dim) / scaling.frequencies(rope, dim, 0), divisors, rtol=1e-3):
         raise ValueError("rope_freqs.weight does not follow Llama 3.1's rule, the only one we read from GGUF")
     return scaling

@@ -81,6 +81,7 @@ def rewritten(tmp_path, change):
         (lambda m, t: m.pop("llama.block_count"), "llama.block_count should be a int, got None"),
         (lambda m, t: m.update({"llama.embedding_length": "big"}), "should be a int, got 'big'"),
         (lambda m, t: m.update({"llama.attention.head_count": 0}), "must be at least 1"),
+        (lambda m, t: m.update({"llama.attention.key_length": 0}), "key_length must be at least 1, got 0"),
         (lambda m, t: m.update({"llama.block_count": 2**31}), "describes 2147483648 blocks but holds only"),
         (lambda m, t: m.update({"llama.block_count": 2}), "unexpected blk.2"),
         (lambda m, t: t.pop("blk.1.attn_q.weight"), "missing blk.1.attn_q.weight"),
@@ -94,6 +95,24 @@ def rewritten(tmp_path, change):
 def test_files_that_contradict_themselves_say_where(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_gguf(read_gguf(rewritten(tmp_path, change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, t: m.update({"llama.rope.scaling.original_context_length": "far"}), "should be a int, got 'far'"),
+        (lambda m, t: m.update({"llama.rope.scaling.original_context_length": [1, 2]}), "should be a int"),
+        (lambda m, t: t.update({"rope_freqs.weight": (torch.ones(3), "F32")}), r"shape \(3,\), expected \(4,\)"),
+        (lambda m, t: t.update({"rope_freqs.weight": (torch.full((4,), 3.0), "F32")}), "does not follow Llama 3.1"),
+    ],
+)
+def test_rotary_divisors_that_make_no_sense_are_refused(tmp_path, change, message):
+    def scaled(metadata, tensors):
+        tensors["rope_freqs.weight"] = (torch.ones(4), "F32")  # heads of 8: four pairs
+        change(metadata, tensors)
+
+    with pytest.raises(ValueError, match=message):
+        load_gguf(read_gguf(rewritten(tmp_path, scaled)))
 
 
 def test_every_difference_is_listed_at_once(tmp_path):
