@@ -176,7 +176,13 @@ def _keep_blocks(model: DecoderModel, file: GGUFFile, table: list[Rule]) -> None
         if isinstance(linear, nn.Linear):
             raw = tensor.raw()
             stored = {"blocks": rule.codec.split(raw, [raw.shape])[0].contiguous().clone()}
-            compressed = CompressedLinear.from_stored(GGML(kind=tensor.type), stored, linear)
+            compressed = CompressedLinear.from_stored(
+                GGML(kind=tensor.type),
+                stored,
+                (linear.out_features, linear.in_features),
+                linear.weight.dtype,
+                linear.bias,
+            )
             replace_module(model, path, compressed.eval())
 
 

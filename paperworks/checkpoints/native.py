@@ -1,7 +1,11 @@
-"""Our own layout: spec.json (the value the model was built from) beside safetensors shards."""
+"""Our own layout: spec.json (the value the model was built from) beside safetensors shards.
+
+Compressed layers are stored as their formats' own tensors, which spec.json describes.
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +13,7 @@ from paperworks import atomic
 from paperworks.checkpoints.huggingface import read_json
 from paperworks.checkpoints.layout import Rule, build_empty, import_weights, require_depth
 from paperworks.checkpoints.safetensors import open_store, write_shards
+from paperworks.compress.files import describe, revive
 from paperworks.errors import CorruptFile
 from paperworks.models import Decoder, DecoderModel
 
@@ -18,17 +23,18 @@ FORMAT = 1
 def save_native(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 5 * 1024**3) -> None:
     """Write spec.json, weights and tokenizer; the folder appears whole or not at all."""
     state = model.state_dict()
-    expected = set(build_empty(model.spec).state_dict())
+    compressed = describe(model)
+    expected = set(build_empty(model.spec).state_dict()) | _stored_names(compressed)
     extra = sorted(set(state) - expected)
     if extra:
         raise ValueError(
             f"the model holds tensors that its spec does not describe ({', '.join(extra[:4])}...): "
             "merge or save its adapters first (adapt.merge, adapt.save)"
         )
-    if model.spec.tied:
+    if model.spec.tied and "unembedding" not in compressed:
         state.pop("unembedding.weight")
     with atomic.writing_directory(folder) as out:
-        header = {"format": FORMAT, "spec": model.spec.to_dict()}
+        header = {"format": FORMAT, "spec": model.spec.to_dict()} | ({"compressed": compressed} if compressed else {})
         (out / "spec.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
         write_shards(out, ((name, tensor.detach()) for name, tensor in state.items()), max_bytes=max_shard_bytes)
         if model.tokenizer is not None:
@@ -46,6 +52,22 @@ def load_native(folder: Path, dtype: torch.dtype | None = None) -> DecoderModel:
         raise CorruptFile(f"{folder}/spec.json does not describe a model: {error}") from error
     source = open_store(folder)
     require_depth(spec, source, str(folder))
-    names = [name for name in build_empty(spec).state_dict() if not (spec.tied and name == "unembedding.weight")]
-    rules = [Rule(name, (name,)) for name in names]
-    return import_weights(spec, source, rules, dtype=dtype, origin=str(folder))
+    compressed = header.get("compressed", {})
+    if not isinstance(compressed, dict):
+        raise CorruptFile(f"{folder}/spec.json describes compressed layers as {type(compressed).__name__}, not a table")
+    elsewhere = {f"{path}.weight" for path in compressed} | ({"unembedding.weight"} if spec.tied else set())
+    rules = [Rule(name, (name,)) for name in build_empty(spec).state_dict() if name not in elsewhere]
+    stored = _stored_names(compressed)
+    model = import_weights(spec, source, rules, dtype=dtype, ignorable=stored.__contains__, origin=str(folder))
+    revive(model, compressed, source.load, dtype=dtype, origin=str(folder))
+    return model.eval()
+
+
+def _stored_names(compressed: dict[str, Any]) -> set[str]:
+    """The tensors that stand for compressed weights."""
+    return {
+        f"{path}.{name}"
+        for path, entry in compressed.items()
+        if isinstance(entry, dict) and isinstance(entry.get("stored"), dict)
+        for name in entry["stored"]
+    }

@@ -1,15 +1,21 @@
-"""Compressing the chosen layers of a model, and the account of what it cost."""
+"""Compressing the chosen layers of a model, and undoing it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from paperworks.compress.calibration import Batch, Calibration, stages
+from paperworks.compress.error import LayerError
 from paperworks.compress.format import WeightFormat
 from paperworks.compress.linear import CompressedLinear
+from paperworks.compress.resume import Progress
+from paperworks.compress.statistics import Statistics
 from paperworks.nn.linear import bias_of, weight_of
 from paperworks.nn.selection import Targets, replace_module, select_linears
+
+Watcher = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -18,24 +24,83 @@ def apply(
     format: WeightFormat,
     targets: Targets = "all-linear",
     *,
-    calibration: object | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    calibration: Calibration | Sequence[Batch] | None = None,
+    resume: str | Path | None = None,
+    progress: Watcher | None = None,
 ) -> nn.Module:
-    """Replace the chosen linear layers by ones whose weight is stored in `format`; in place, one layer at a time.
+    """Replace the chosen linear layers by ones whose weight is stored in `format`; in place.
+
+    When anything fails the model is left as it was.
 
     Args:
         model: any module, ours or another library's.
-        format: such as `NF4(block=64, double_quantization=True)`.
+        format: such as `NF4(block=64, double_quantization=True)` or `GPTQ(bits=4, group=128)`.
         targets: see `nn.select`.
-        calibration: for formats that learn from data; these need none and refuse it.
+        calibration: batches (tensors of token ids, or whatever the model is called with) for formats that learn from
+            data; with formats that do not, they serve to measure each layer's output error. See `Calibration`.
+        resume: a folder where each finished block is kept until all are done; called again after an interruption with
+            the same arguments, the work goes on at the block where it stopped.
         progress: called with (path, done, total) after each layer.
 
     Raises:
-        ValueError: when a target matches nothing, is compressed already, or carries an adapter.
+        ValueError: when a target matches nothing, is compressed already, or carries an adapter; when the format cannot
+            hold a layer, or learns from data and there is none. Names the layer.
+        MemoryError: when calibration does not fit; says how to lower the need.
     """
-    if calibration is not None:
-        raise ValueError(f"{type(format).__name__} learns nothing from data: leave calibration out")
-    chosen = select_linears(model, targets)
+    chosen = _untouched(select_linears(model, targets))
+    if calibration is None and format.needs:
+        format.learned(None)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    kept = None if resume is None else Progress(resume, format, chosen, calibration)
+    originals: dict[str, nn.Module] = {}
+
+    def compress_layer(path: str, statistics: Statistics | None) -> None:
+        module = chosen[path]
+        compressed = kept.layer(path, module, format) if kept is not None else None
+        if compressed is None:
+            compressed = _compressed(path, module, format, statistics)
+        originals[path] = module
+        replace_module(model, path, compressed.train(module.training))
+        if kept is not None:
+            kept.note(path, compressed)
+        if progress is not None:
+            progress(path, len(originals), len(chosen))
+
+    def done_before(paths: Sequence[str]) -> bool:
+        if kept is None:
+            return False
+        kept.flush()
+        if not all(path in kept for path in paths):
+            return False
+        for path in paths:
+            compress_layer(path, None)
+        return True
+
+    try:
+        if calibration is None:
+            for path in chosen:
+                compress_layer(path, None)
+                if kept is not None:
+                    kept.flush()
+        else:
+            needs = sorted({*format.needs, "second_moment"})  # the second moment also measures the output error
+            for stage in stages(model, list(chosen), calibration, needs, done_before):
+                for path in stage.paths:
+                    compress_layer(path, stage.statistics)
+    except BaseException:
+        if kept is not None:
+            kept.stop()
+        for path, module in originals.items():
+            replace_module(model, path, module)
+        raise
+    if kept is not None:
+        kept.clear()
+    return model
+
+
+def _untouched(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the layers if none of them is compressed or adapted."""
     for path, module in chosen.items():
         if isinstance(module, CompressedLinear):
             raise ValueError(
@@ -46,17 +111,18 @@ def apply(
             raise ValueError(
                 f"{path} carries an adapter: compress the base first (targets {path + '.base'!r}) or merge it"
             )
-    for done, (path, module) in enumerate(chosen.items(), 1):
-        weight = weight_of(module)
-        try:
-            compressed = CompressedLinear(format, weight, bias_of(module))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        compressed.train(module.training)
-        replace_module(model, path, compressed)
-        if progress is not None:
-            progress(path, done, len(chosen))
-    return model
+    return chosen
+
+
+def _compressed(path: str, module: nn.Module, format: WeightFormat, statistics: Statistics | None) -> CompressedLinear:
+    weight = weight_of(module)
+    try:
+        compressed = CompressedLinear(format, weight, bias_of(module), statistics)
+    except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    moment = None if statistics is None else statistics.second_moment
+    compressed.error = LayerError.between(weight, compressed.decoded_weight(), moment)
+    return compressed
 
 
 @torch.no_grad()
@@ -71,58 +137,3 @@ def decompress(model: nn.Module) -> nn.Module:
                 plain.bias = nn.Parameter(module.bias.detach())
             replace_module(model, path, plain.train(module.training))
     return model
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One compressed layer: its weights, true storage in bytes and bits per weight (scales included)."""
-
-    path: str
-    format: str
-    weights: int
-    bytes: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 * bytes / weights."""
-        return 8 * self.bytes / self.weights
-
-
-@dataclass(frozen=True)
-class Report:
-    """The compressed layers, and the model's bytes as a whole (parameters and buffers, tied ones once)."""
-
-    layers: tuple[LayerReport, ...]
-    model_bytes: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Over all compressed layers; NaN if there are none."""
-        weights = sum(layer.weights for layer in self.layers)
-        return 8 * sum(layer.bytes for layer in self.layers) / weights if weights else float("nan")
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':48} {'bits/weight':>11} {'bytes':>14}  format"]
-        lines += [f"{x.path:48} {x.bits_per_weight:11.4f} {x.bytes:14,}  {x.format}" for x in self.layers]
-        return "\n".join(
-            [
-                *lines,
-                f"{len(self.layers)} layers, {self.bits_per_weight:.4f} bits/weight; model {self.model_bytes:,} bytes",
-            ]
-        )
-
-
-def report(model: nn.Module) -> Report:
-    """Say what each compressed layer stores, and the model as a whole."""
-    layers = tuple(
-        LayerReport(
-            path=path,
-            format=str(module.format),
-            weights=module.in_features * module.out_features,
-            bytes=sum(buffer.nbytes for buffer in module.stored.values()),
-        )
-        for path, module in model.named_modules()
-        if isinstance(module, CompressedLinear)
-    )
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return Report(layers=layers, model_bytes=sum(tensors.values()))

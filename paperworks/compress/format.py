@@ -1,12 +1,15 @@
-"""The contract of a weight format: how a matrix is stored, and what one weight costs."""
+"""The contract of a weight format: how a matrix is stored, what one weight costs, and how it is multiplied by."""
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
+from paperworks.compress.statistics import Statistics
 from paperworks.nn.spec import Spec
 
 Stored = dict[str, Tensor]
@@ -14,20 +17,59 @@ Stored = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat(Spec):
-    """How a weight matrix is stored. Formats know neither the layer they serve nor what sits on top of it."""
+    """How a weight matrix is stored. Formats know neither the layer they serve nor what sits on top of it.
 
-    def encode(self, weight: Float[Tensor, "rows columns"]) -> Stored:
+    A format that learns from data names in `needs` what it must know of the layer's inputs; `compress.apply` then asks
+    for calibration batches, collects it and hands it to `encode`.
+
+    Attributes:
+        needs: fields of `Statistics` that `encode` reads; none for formats that look at the weight alone.
+        continuous: stored tensors that could be trained while the codes stay (codebooks, scales).
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    continuous: ClassVar[tuple[str, ...]] = ()
+
+    def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
         """Return the plain tensors that stand for the weight. Raises `ValueError` for what it cannot hold."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it encodes")
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return the weight that the tensors stand for, in float32."""
+        """Return the weight that the tensors stand for, in float32; differentiable in the continuous ones."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it decodes")
+
+    def reencode(self, weight: Float[Tensor, "rows columns"], stored: Stored) -> Stored:
+        """Store a weight close to the one stored now, without the data: what merging an adapter does.
+
+        Formats that learned something from data keep it (channel scales, rotations, codebooks, the mask).
+        """
+        return self.encode(weight)
+
+    def multiply(
+        self, x: Float[Tensor, "... columns"], stored: Stored, shape: tuple[int, int]
+    ) -> Float[Tensor, "... rows"]:
+        """Return x W^T in the dtype of `x`. Formats with an arithmetic of their own (int8, fp8) compute it here."""
+        return F.linear(x, self.decode(stored, shape).to(x.dtype))
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Return the exact storage of a matrix of this shape in bits per weight, scales and codebooks included."""
-        stored = self.encode(torch.zeros(shape))
-        return 8 * sum(tensor.nbytes for tensor in stored.values()) / math.prod(shape)
+        stored = self.encode(torch.zeros(shape), Statistics.neutral(shape[1]) if self.needs else None)
+        return stored_bits(stored, shape)
+
+    def learned(self, statistics: Statistics | None) -> Statistics:
+        """Return the statistics, or raise `ValueError` if one of those in `needs` is missing."""
+        missing = [name for name in self.needs if statistics is None or getattr(statistics, name) is None]
+        if statistics is None or missing:
+            raise ValueError(
+                f"{type(self).__name__} learns from data ({', '.join(missing)} of the layer's inputs): "
+                "pass calibration=batches to compress.apply"
+            )
+        return statistics
+
+
+def stored_bits(stored: Stored, shape: tuple[int, int]) -> float:
+    """Return the bits per weight that the tensors take."""
+    return 8 * sum(tensor.nbytes for tensor in stored.values()) / math.prod(shape)
 
 
 def check_weight(weight: Tensor, owner: str) -> None:

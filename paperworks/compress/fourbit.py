@@ -16,6 +16,7 @@ from paperworks.compress.blockwise import (
     unpack_nibbles,
 )
 from paperworks.compress.format import Stored, WeightFormat, check_weight
+from paperworks.compress.statistics import Statistics
 
 # Appendix E of the paper: quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4_CODES = (
@@ -45,7 +46,7 @@ class FourBit(WeightFormat):
         if self.block < 2 or self.block % 2:
             raise ValueError(f"{type(self).__name__}.block must be even (two codes a byte), got {self.block}")
 
-    def encode(self, weight: Float[Tensor, "rows columns"]) -> Stored:
+    def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
         """Return the packed codes and the scales."""
         check_weight(weight, type(self).__name__)
         blocks = blocks_of(weight, self.block)

@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from paperworks.compress.ggml_blocks import block_format
+from paperworks.compress.ggml_kencode import K_ENCODERS
 
 
 def encode(x: Float[Tensor, "*rows values"], type: str) -> UInt8[Tensor, "*rows bytes"]:
@@ -29,7 +30,7 @@ def encode(x: Float[Tensor, "*rows values"], type: str) -> UInt8[Tensor, "*rows 
     if x.ndim == 0 or x.shape[-1] % block.values:
         raise ValueError(f"{type} needs rows of a multiple of {block.values} values, got shape {tuple(x.shape)}")
     rows = x.detach().to(torch.float32).contiguous()
-    step = 1 << 18  # blocks: bounds the temporaries to a few times 32 MiB
+    step = max(1, (1 << 20) // block.values)  # bounds the temporaries to some 4 MiB each
     pieces = [_ENCODERS[type](piece) for piece in rows.view(-1, block.values).split(step)] if rows.numel() else []
     stored = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=x.device)
     return stored.view(*x.shape[:-1], x.shape[-1] // block.values * block.bytes)
@@ -141,6 +142,7 @@ _ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
+    **K_ENCODERS,
 }
 
 WRITABLE: tuple[str, ...] = tuple(_ENCODERS)

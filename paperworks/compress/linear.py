@@ -7,42 +7,62 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.compress.format import WeightFormat
+from paperworks.compress.error import LayerError
+from paperworks.compress.format import Stored, WeightFormat
+from paperworks.compress.statistics import Statistics
 
 
 class CompressedLinear(nn.Module):
-    """y = x decode(stored)^T + bias; the weight is decoded in the forward and in the backward pass, never kept."""
+    """y = x decode(stored)^T + bias; the weight is decoded in the forward and in the backward pass, never kept.
 
-    def __init__(self, format: WeightFormat, weight: Tensor, bias: Tensor | None = None) -> None:
+    The stored tensors are buffers under the format's names. Where one of them requires a gradient (a codebook being
+    tuned), the product is differentiated through `decode` as well.
+    """
+
+    def __init__(
+        self,
+        format: WeightFormat,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
         super().__init__()
-        self.format = format
-        self.out_features, self.in_features = weight.shape
-        self.compute_dtype = weight.dtype
-        for name, tensor in format.encode(weight).items():
-            self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self._hold(format, format.encode(weight, statistics), (weight.shape[0], weight.shape[1]), weight.dtype, bias)
 
     @classmethod
-    def from_stored(cls, format: WeightFormat, stored: dict[str, Tensor], like: nn.Linear) -> "CompressedLinear":
-        """Return a layer that holds tensors encoded before, with the shape, dtype and bias of `like`."""
+    def from_stored(
+        cls,
+        format: WeightFormat,
+        stored: Stored,
+        shape: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        bias: Tensor | None = None,
+    ) -> "CompressedLinear":
+        """Return a layer that holds tensors encoded before; `dtype` is what it decodes to."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.format = format
-        layer.out_features, layer.in_features = like.out_features, like.in_features
-        layer.compute_dtype = like.weight.dtype
-        for name, tensor in stored.items():
-            layer.register_buffer(name, tensor)
-        layer.bias = None if like.bias is None else nn.Parameter(like.bias.detach().clone(), requires_grad=False)
+        layer._hold(format, stored, shape, dtype, bias)
         return layer
+
+    def _hold(
+        self, format: WeightFormat, stored: Stored, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None
+    ) -> None:
+        self.format = format
+        self.error: LayerError | None = None  # noted by compress.apply
+        self.out_features, self.in_features = shape
+        self.compute_dtype = dtype
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def extra_repr(self) -> str:
         """Describe the layer in `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
     @property
-    def stored(self) -> dict[str, Tensor]:
+    def stored(self) -> Stored:
         """The tensors of the format."""
-        return dict(self.named_buffers(recurse=False))
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,19 +76,23 @@ class CompressedLinear(nn.Module):
 
     @torch.no_grad()
     def encode_weight(self, weight: Float[Tensor, "out_features in_features"]) -> None:
-        """Store another weight of the same shape."""
+        """Store another weight of the same shape, close to the one held now (see `WeightFormat.reencode`)."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"the layer holds a weight of shape {self.shape}, got {tuple(weight.shape)}")
-        for name, tensor in self.format.encode(weight).items():
+        for name, tensor in self.format.reencode(weight, self.stored).items():
             self.register_buffer(name, tensor)
 
     def forward(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
-        """Multiply by the decoded weight."""
+        """Multiply by the stored weight."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        stored = self.stored
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in stored.values()):
+            return F.linear(x, self.format.decode(stored, self.shape).to(x.dtype), bias)
         if torch.is_grad_enabled() and x.requires_grad:
             out = _DecodedProduct.apply(x, self)
-            return out if bias is None else out + bias
-        return F.linear(x, self.decoded_weight().to(x.dtype), bias)
+        else:
+            out = self.format.multiply(x, stored, self.shape)
+        return out if bias is None else out + bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompressedLinear":
         """Move with `.to(device)`, but keep the stored numbers as they are under `.to(dtype)`: the format owns them."""
@@ -84,12 +108,15 @@ class CompressedLinear(nn.Module):
 
 
 class _DecodedProduct(torch.autograd.Function):
-    """x W^T, keeping for the backward pass the layer and not the dense weight."""
+    """x W^T, keeping for the backward pass the layer and not the dense weight.
+
+    Where the format rounds activations as well, the gradient passes straight through that rounding.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: CompressedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.decoded_weight().to(x.dtype))
+        return layer.format.multiply(x, layer.stored, layer.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
