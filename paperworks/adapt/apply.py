@@ -1,18 +1,16 @@
-"""Putting adapters on a model, switching them off, merging, removing, saving and loading them."""
+"""Putting adapters on a model, choosing which of them act, and taking them off."""
 
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from paperworks import atomic
-from paperworks.adapt.delta import AdaptedLinear, Adapter
-from paperworks.errors import CorruptFile
-from paperworks.nn.linear import features, is_linear_like, weight_of, write_weight
+from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta, check_name
+from paperworks.errors import unknown
+from paperworks.nn.linear import features, is_linear_like
 from paperworks.nn.selection import Targets, replace_module, select
 
 
@@ -21,38 +19,104 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def apply(model: nn.Module, adapter: Adapter, targets: Targets = "attention") -> nn.Module:
+def names(model: nn.Module) -> list[str]:
+    """Return the names of the model's adapters."""
+    return list(dict.fromkeys(name for layer in adapted(model).values() for name in layer.deltas))
+
+
+def in_use(model: nn.Module) -> dict[str, float]:
+    """Return the names of the adapters that act, and the weight of each."""
+    return {name: weight for layer in adapted(model).values() for name, weight in layer.in_use.items()}
+
+
+def apply(
+    model: nn.Module,
+    adapter: Adapter,
+    targets: Targets = "attention",
+    name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Put an adapter on each chosen linear layer and freeze everything else; in place.
+
+    A model may carry several adapters under different names. The one put on last is in use, alone (see `use`).
 
     Args:
         model: any module, ours or another library's; its layers may be compressed.
         adapter: such as `LoRA(rank=8, alpha=16)`.
         targets: see `nn.select`.
+        name: what to call it; the same name may be put on other layers later.
+        dtype: of the adapter's numbers, such as `torch.bfloat16`; None leaves what the adapter chooses (float32).
 
     Raises:
-        ValueError: when a target matches nothing, has an adapter already, or is too small for the adapter.
+        ValueError: when a target matches nothing, has an adapter of this name already, or is too small for it.
     """
-    present = set(adapted(model))
-    inside = tuple(f"{path}." for path in present)
+    chosen = adaptable(model, targets)
+    deltas = adapter.build_all({path: features(module) for path, module in chosen.items()})
+    attach(model, deltas, dict.fromkeys(deltas, adapter.own()), name, dtype)
+    return model
+
+
+def adaptable(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """Return the layers that `targets` names by path: linear-like ones, wrapped or not, but nothing inside wrappers."""
+    inside = tuple(f"{path}." for path in adapted(model))
     chosen = select(
         model, targets, lambda module: is_linear_like(module) or isinstance(module, AdaptedLinear), "linear layer"
     )
-    chosen = {path: module for path, module in chosen.items() if not path.startswith(inside)} if inside else chosen
-    taken = [path for path in chosen if path in present]
+    return {path: module for path, module in chosen.items() if not inside or not path.startswith(inside)}
+
+
+def attach(
+    model: nn.Module,
+    deltas: Mapping[str, Delta],
+    adapters: Mapping[str, Adapter],
+    name: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put ready deltas on the layers at their paths under one name, and use that; all errors before any change."""
+    check_name(name)
+    present = adapted(model)
+    taken = [path for path in deltas if path in present and name in present[path].deltas]
     if taken:
         raise ValueError(
-            f"{taken[0]} has an adapter already ({adapted(model)[taken[0]].adapter}); merge or remove it first"
+            f"{taken[0]} has an adapter already named {name!r} ({present[taken[0]].adapters[name]}); "
+            "merge or remove it first, or give the new one another name="
         )
-    deltas = {path: adapter.build(*features(module)) for path, module in chosen.items()}  # all errors before any change
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, delta in deltas.items():
-        base = chosen[path]
-        device = next(chain(base.parameters(), base.buffers())).device
-        wrapped = AdaptedLinear(base, delta.to(device), adapter)
-        replace_module(model, path, wrapped.train(base.training))
-    for module in adapted(model).values():
-        module.delta.requires_grad_(True)
+        module = model.get_submodule(path)
+        base = module.base if isinstance(module, AdaptedLinear) else module
+        assert isinstance(base, nn.Module)
+        delta.to(next(chain(base.parameters(), base.buffers())).device, dtype).train(module.training)
+        if isinstance(module, AdaptedLinear):
+            module.add(name, delta, adapters[path])
+        else:
+            replace_module(model, path, AdaptedLinear(base, delta, adapters[path], name).train(module.training))
+    use(model, name)
+
+
+def use(model: nn.Module, which: str | Mapping[str, float] | None) -> nn.Module:
+    """Choose the adapters that act and are trained: one, a weighted sum, or none; in place, nothing is copied.
+
+    Args:
+        model: a model with adapters.
+        which: a name; `{"a": 0.7, "b": 0.3}` for base + 0.7 a + 0.3 b; None for the base alone.
+
+    Raises:
+        ValueError: for a name the model does not have, or a weight that is not finite.
+    """
+    layers, known = some(model), names(model)
+    wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+    for name, weight in wanted.items():
+        if name not in known:
+            raise ValueError(unknown("adapter", name, known))
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
+    for layer in layers.values():
+        layer.in_use = {name: float(weight) for name, weight in wanted.items() if name in layer.deltas}
+        for name, delta in layer.deltas.items():
+            delta.requires_grad_(name in wanted)
     return model
 
 
@@ -69,101 +133,32 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             module.enabled = enabled
 
 
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Add each delta to its base's weight, in the base's own format, and drop the adapter; in place."""
-    for path, module in _some(model).items():
-        weight = weight_of(module.base)
-        merged = weight.float() + module.delta.weight().float()
-        write_weight(module.base, merged.to(weight.dtype))
-        replace_module(model, path, module.base)
+def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Drop one adapter, or all; in place. The base stays frozen; `model.requires_grad_(True)` thaws it."""
+    layers = some(model)
+    if name is not None and name not in names(model):
+        raise ValueError(unknown("adapter", name, names(model)))
+    drop(model, layers, names(model) if name is None else [name])
     return model
 
 
-def remove(model: nn.Module) -> nn.Module:
-    """Drop the adapters; in place. The base stays frozen; `model.requires_grad_(True)` thaws it."""
-    for path, module in _some(model).items():
-        replace_module(model, path, module.base)
-    return model
-
-
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write the adapters, and nothing of the base, to one safetensors file; it appears whole or not at all."""
-    from safetensors.torch import save_file
-
-    layers = _some(model)
-    tensors = {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, module in layers.items()
-        for key, value in module.delta.state_dict().items()
-    }
-    header = {name: module.adapter.to_dict() for name, module in layers.items()}
-    with atomic.writing_file(path) as out:
-        save_file(tensors, out, metadata={"paperworks.adapter": json.dumps(header)})
-
-
-def load(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put the adapters of a file that `save` wrote on a model that has none; in place.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        CorruptFile: when the file is damaged or holds no adapter.
-        ValueError: when layers are missing in the model or have other shapes, all of them listed.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("paperworks.adapter", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CorruptFile(f"{path} cannot be read as an adapter: {error}; copy or save it again") from error
-    if not isinstance(header, dict):
-        raise CorruptFile(f"{path} holds tensors but no adapter: it was not written by adapt.save")
-    if adapted(model):
-        raise ValueError("the model has adapters already; merge or remove them first")
-    modules = dict(model.named_modules())
-    problems, deltas = [], {}
-    for name, description in header.items():
-        module = modules.get(name)
-        if module is None or not is_linear_like(module):
-            problems.append(f"{name}: the model has no such linear layer")
-            continue
-        adapter = Adapter.from_dict(description)
-        try:
-            delta = adapter.build(*features(module))
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        state = {key: tensors.get(f"{name}.{key}") for key in delta.state_dict()}
-        for key, value in delta.state_dict().items():
-            stored = state[key]
-            if stored is None or stored.shape != value.shape:
-                found = "missing" if stored is None else f"of shape {tuple(stored.shape)}"
-                problems.append(f"{name}.{key}: {found}, the model needs {tuple(value.shape)}")
-        deltas[name] = (adapter, delta, state)
-    if problems:
-        listing = "\n  ".join(problems[:20])
-        raise ValueError(f"the adapter in {path} was made for another model:\n  {listing}")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name, (adapter, delta, state) in deltas.items():
-        for key, value in state.items():
-            assert value is not None
-            setattr(delta, key, nn.Parameter(value))
-        base = modules[name]
-        replace_module(model, name, AdaptedLinear(base, delta.to(weight_of(base).device), adapter).train(base.training))
-    return model
+def drop(model: nn.Module, layers: Mapping[str, AdaptedLinear], dropped: list[str]) -> None:
+    """Take the named deltas off; a layer that has none left is its base again."""
+    for path, layer in layers.items():
+        for name in dropped:
+            if name in layer.deltas:
+                layer.drop(name)
+        if not layer.deltas:
+            replace_module(model, path, layer.base)
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Return the number of parameters that training would change."""
+    """Return the number of parameters that training would change; one shared by layers counts once."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _some(model: nn.Module) -> dict[str, AdaptedLinear]:
+def some(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Return the adapted layers. Raises `ValueError` when there are none."""
     layers = adapted(model)
     if not layers:
         raise ValueError("the model has no adapters; put some on with adapt.apply or adapt.load")

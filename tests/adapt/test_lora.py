@@ -24,7 +24,7 @@ def test_an_adapter_changes_nothing_at_first_and_trains_alone():
     adapt.apply(model, adapt.LoRA(rank=2), targets=["0", "2"])
     assert torch.equal(model(x), before)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert names == ["0.delta.down", "0.delta.up", "2.delta.down", "2.delta.up"]
+    assert names == [f"{layer}.deltas.default.{part}" for layer in (0, 2) for part in ("down", "up")]
     assert adapt.trainable_parameters(model) == 2 * (12 + 16) + 2 * (16 + 8)  # sum of r (d + k)
     model(x).sum().backward()
     assert model[0].base.weight.grad is None

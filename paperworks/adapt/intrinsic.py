@@ -1,0 +1,181 @@
+"""Training in a random subspace: DID (Li et al. 2018, arXiv:1804.08838) and SAID (Aghajanyan et al. 2020).
+
+Aghajanyan, Zettlemoyer, Gupta 2020, arXiv:2012.13255, give each layer a weight of its own. The projection is Fastfood
+(Le, Sarlos, Smola 2013), which is never written down as a matrix.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paperworks.adapt.delta import Adapter, Delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class DID(Adapter):
+    """W_i = W0_i + P_i theta: one trained vector for all layers, and a fixed random projection for each.
+
+    Attributes:
+        dimension: d of the paper, the number of trained parameters of all layers together.
+        seed: what the projections are drawn from.
+    """
+
+    dimension: int = 1000
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Check the dimension."""
+        if self.dimension < 1:
+            raise ValueError(f"{type(self).__name__}.dimension must be at least 1, got {self.dimension}")
+
+    def build(self, in_features: int, out_features: int) -> Delta:
+        """Return a delta for a layer that shares its vector with no other."""
+        return self.build_all({"the layer": (in_features, out_features)})["the layer"]
+
+    def build_all(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Delta]:
+        """Return deltas that share one vector. Raises `ValueError` if the dimension is too small for them."""
+        theta = nn.Parameter(torch.zeros(self._shared(len(layers))))
+        draws = torch.Generator().manual_seed(self.seed)
+        seeds = torch.randint(2**62, (len(layers),), generator=draws, device="cpu").tolist()
+        return {
+            path: FastfoodDelta(*shape, theta, seed, self._scale())
+            for (path, shape), seed in zip(layers.items(), seeds, strict=True)
+        }
+
+    def _shared(self, layers: int) -> int:
+        """Return how many of the trained parameters all layers share."""
+        return self.dimension
+
+    def _scale(self) -> nn.Parameter | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAID(DID):
+    """W_i = W0_i + lambda_i P_i theta: structure-aware, the m scalars of the m layers are trained and counted in d."""
+
+    def _shared(self, layers: int) -> int:
+        if self.dimension <= layers:
+            raise ValueError(
+                f"SAID.dimension {self.dimension} leaves nothing to share: {layers} layers take a scalar each; "
+                f"choose at least {layers + 1}, or fewer targets"
+            )
+        return self.dimension - layers
+
+    def _scale(self) -> nn.Parameter | None:
+        return nn.Parameter(torch.ones(()))  # theta starts at zero: were this zero too, neither had a gradient
+
+
+class FastfoodDelta(Delta):
+    """scale * P theta, as a matrix; P is drawn from a seed when it is first used, which alone is stored."""
+
+    seed: Tensor
+    scale: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, theta: nn.Parameter, seed: int, scale: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.theta = theta
+        self.register_parameter("scale", scale)
+        self.register_buffer("seed", torch.tensor(seed))
+        self._drawn: tuple[Any, Fastfood] | None = None
+
+    def extra_repr(self) -> str:
+        """Describe the delta in `print(model)`."""
+        return f"dimension={len(self.theta)}, {self.in_features} -> {self.out_features}"
+
+    @property
+    def projection(self) -> "Fastfood":
+        """P, drawn anew where the seed has changed or moved to another device."""
+        key = (self.seed.device, self.seed.data_ptr(), self.seed._version)
+        if self._drawn is None or self._drawn[0] != key:
+            size = self.in_features * self.out_features
+            self._drawn = key, Fastfood.draw(len(self.theta), size, int(self.seed), self.seed.device)
+        return self._drawn[1]
+
+    def redraw(self, seed: int) -> None:
+        """Take another projection."""
+        self.seed.fill_(seed)
+
+    def weight(self) -> Float[Tensor, "out_features in_features"]:
+        """Return scale * P theta."""
+        change = self.projection(self.theta).view(self.out_features, self.in_features)
+        return change if self.scale is None else self.scale * change
+
+    def forward(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
+        """Return x times the change of the weight."""
+        return F.linear(x.to(self.theta.dtype), self.weight().to(x.device))
+
+
+@dataclass(frozen=True)
+class Fastfood:
+    """P theta = first D entries of H G Pi H B theta / sqrt(L sum(G^2) D / L), with theta filled up to L = 2^k >= D.
+
+    H is the Walsh-Hadamard matrix, B random signs, Pi a permutation, G normal. The columns of P have norms near 1. It
+    takes O(L log L) time; kept are 8 bytes for each of the L and one for each sign. Where theta is longer than L only
+    its first L entries are used.
+    """
+
+    signs: Float[Tensor, " used"]
+    order: Tensor  # (L,) int32
+    gauss: Float[Tensor, " L"]
+    size: int
+    divisor: float
+
+    @classmethod
+    def draw(cls, dimension: int, size: int, seed: int, device: torch.device | str = "cpu") -> "Fastfood":
+        """Draw a projection from `dimension` to `size` numbers; the same on every device."""
+        length = 1 << max(0, (size - 1).bit_length())
+        draws = torch.Generator().manual_seed(seed)
+        gauss = torch.randn(length, generator=draws, device="cpu")
+        order = torch.randperm(length, generator=draws, device="cpu").int()
+        signs = (2 * torch.randint(2, (length,), generator=draws, device="cpu") - 1).to(torch.int8)
+        # sqrt(L sum G^2) makes the columns of all L rows unit vectors, sqrt(D / L) those of the first D
+        divisor = math.sqrt(length * gauss.double().square().sum().item()) * math.sqrt(size / length)
+        used = signs[: min(dimension, length)].clone()
+        return cls(used.to(device), order.to(device), gauss.to(device), size, divisor)
+
+    def __call__(self, theta: Float[Tensor, " dimension"]) -> Float[Tensor, " size"]:
+        """Return P theta; differentiable."""
+        theta = theta.to(self.gauss.device)
+        x = theta[: len(self.signs)] * self.signs
+        x = hadamard(F.pad(x, (0, len(self.gauss) - len(x))))
+        x = hadamard(x.index_select(0, self.order) * self.gauss.to(x.dtype))
+        return x[: self.size] / self.divisor
+
+
+def hadamard(x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
+    """Return the Walsh-Hadamard transform of the last dimension, unnormalised: applied twice it gives length * x.
+
+    Raises:
+        ValueError: when the length is not a power of two.
+    """
+    length = x.shape[-1]
+    if length < 1 or length & (length - 1):
+        raise ValueError(f"the Hadamard transform needs a length that is a power of two, got {length}")
+    return _Hadamard.apply(x)
+
+
+class _Hadamard(torch.autograd.Function):
+    """The matrix is symmetric: its gradient is the transform again, and nothing needs to be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        shape, step = x.shape, 1
+        while step < shape[-1]:
+            one, other = x.reshape(*shape[:-1], -1, 2, step).unbind(-2)
+            x = torch.stack((one + other, one - other), -2).view(shape)
+            step *= 2
+        return x.clone() if step == 1 else x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Hadamard.apply(gradient)
