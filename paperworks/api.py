@@ -122,7 +122,7 @@ def export(
         model: ours, without adapters.
         path: the folder ("huggingface") or the file ("gguf").
         layout: "huggingface" (config.json, safetensors, tokenizer.json) or "gguf".
-        kind: for GGUF, the type of matrices: "F32", "F16", "BF16", "Q8_0", "Q4_0".
+        kind: for GGUF, the type of matrices: "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q4_K", "Q4_0" ...
         fallback: for GGUF, the type of matrices whose rows the blocks of `kind` do not divide.
 
     Raises:

@@ -171,6 +171,7 @@ class PVTuning(torch.optim.Adam):
             {"params": probes, "lr": code_lr, "betas": (0.0, 0.95)},
         ]
         super().__init__(groups, foreach=False)
+        self.defaults["code_lr"] = code_lr
         self.share, self.decay = share, decay
         self.changed = 0  # groups whose codes the last step changed
 

@@ -155,7 +155,7 @@ def test_rows_that_are_not_whole_blocks_need_a_stated_fallback(tmp_path):
         (METADATA | {"x": []}, [], "empty"),
         (METADATA | {"x": 1 << 70}, [], "cannot hold"),
         (METADATA, [("a", torch.ones(2), "F32"), ("a", torch.ones(2), "F32")], "given twice"),
-        (METADATA, [("a", torch.ones(2, 256), "Q4_K")], "can be read but not written"),
+        (METADATA, [("a", torch.ones(2, 256), "IQ4_XS")], "can be read but not written"),
         (METADATA, [("a", torch.ones(2, 32).int(), "F32")], "must be floating"),
         (METADATA, [("a", torch.ones(0, 32), "F32")], "not empty"),
     ],

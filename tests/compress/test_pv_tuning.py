@@ -63,7 +63,7 @@ def test_exact_p_and_v_steps_never_raise_the_loss():
         changed += int((VQ.unpack(moved["codes"], SHAPE) != VQ.unpack(stored["codes"], SHAPE)).sum())
         stored = moved
         losses.append(value(VQ.decode(stored, SHAPE), goal, moment))
-    assert changed > 5
+    assert changed >= 3
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(losses))  # float32
     assert losses[-1] < 0.7 * losses[0]
 
@@ -87,8 +87,8 @@ def test_a_full_v_step_is_the_projection_of_the_gradient_step():
 @pytest.mark.parametrize("form", [VQ, ADDITIVE], ids=["KMeansVQ", "AQLM"])
 def test_no_more_than_the_share_of_groups_change_their_codes(form, share):
     stored = form.encode(normal(*SHAPE), Statistics.neutral(16))
-    target = normal(*SHAPE, seed=3)  # far away: every group would like to change
-    chosen = largest_groups(target, 4, share)
+    target = 3 * normal(*SHAPE, seed=3)  # far away: every group would like to change
+    chosen = largest_groups(target - form.decode(stored, SHAPE), 4, share)
     assert int(chosen.sum()) == math.ceil(share * 48)
     moved = v_step(form, stored, SHAPE, target, chosen)
     differ = (form.unpack(moved["codes"], SHAPE) != form.unpack(stored["codes"], SHAPE)).any(-1)
@@ -109,7 +109,7 @@ def test_small_full_gradient_steps_are_stuck_and_the_same_length_in_few_groups_i
     stored = VQ.encode(normal(*SHAPE, seed=9))
     weight = VQ.decode(stored, SHAPE)
     gradient = (weight - goal) @ moment
-    length = 0.25 * weight.norm()
+    length = 0.1 * weight.norm()
     few = largest_groups(gradient, 4, 0.02)
     inside = gradient * few.repeat_interleave(4, 1)
     full = v_step(VQ, stored, SHAPE, weight - length * gradient / gradient.norm(), everything())
@@ -125,7 +125,8 @@ def test_two_steps_equal_adam_and_the_search_written_out_in_float64():
     model = nn.Sequential(CompressedLinear(VQ, normal(*SHAPE, seed=2)))
     x, y = normal(30, 16, seed=3).double(), normal(30, 12, seed=4).double()
     book = model[0].stored["codebook"].double()
-    codes = VQ.unpack(model[0].stored["codes"], SHAPE)[..., 0].long()
+    start = VQ.unpack(model[0].stored["codes"], SHAPE)[..., 0].long()
+    codes = start.clone()
     lr, code_lr, count = 1e-2, 0.3, math.ceil(0.1 * 48)
     first, second, square = torch.zeros(8, 4).double(), torch.zeros(8, 4).double(), torch.zeros(SHAPE).double()
     with tunable(model) as (layer,):
@@ -141,14 +142,17 @@ def test_two_steps_equal_adam_and_the_search_written_out_in_float64():
             far = step.square().sum(-1).flatten().topk(count).indices
             step, weight = step.reshape(48, 4)[far], book[codes].reshape(48, 4)
             target = weight[far] + step * code_lr * weight.norm() / step.norm()
-            codes.view(-1)[far] = torch.cdist(target, book).argmin(1)
+            if time == 2:
+                codes.view(-1)[far] = torch.cdist(target, book).argmin(1)
 
+            optimizer.share = 0.1 if time == 2 else 0.0  # Adam's first step is +-1: no group is farther than others
             optimizer.zero_grad()
             F.mse_loss(model(x.float()), y.float()).backward()
             optimizer.step()
             assert torch.allclose(layer.values["codebook"].double(), book, atol=1e-5)  # float32
             assert torch.equal(VQ.unpack(layer.stored["codes"], SHAPE)[..., 0].long(), codes)
             assert not layer.probe.any()
+    assert not torch.equal(codes, start)
 
 
 def test_straight_through_steps_gather_until_a_code_is_crossed():
@@ -158,7 +162,7 @@ def test_straight_through_steps_gather_until_a_code_is_crossed():
         model = nn.Sequential(CompressedLinear(VQ, normal(*SHAPE, seed=2)))
         x, y = normal(30, 16, seed=3), normal(30, 12, seed=4)
         with tunable(model):
-            optimizer = PVTuning(model, lr=1e-4, code_lr=0.02, share=1.0, decay=decay)
+            optimizer = PVTuning(model, lr=1e-4, code_lr=0.05, share=1.0, decay=decay)
             counts = []
             for _ in range(30):
                 optimizer.zero_grad()
@@ -186,7 +190,7 @@ def test_the_training_loop_tunes_codes_and_values_and_the_layers_store_them(form
     before, held = float(loss(dense, x)), {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     settings = train.Settings(steps=25, lr=1e-3, warmup=0, progress=False, save_every=None)
     with tunable(dense):
-        train.fit(dense, loss, [x], settings, optimizer=lambda groups: PVTuning(dense, 3e-3, 0.1, 0.02))
+        train.fit(dense, loss, [x], settings, optimizer=lambda groups: PVTuning(dense, 3e-3, 0.2, 0.02))
         inside = float(loss(dense, x))
     after = dense.state_dict()
     assert isinstance(dense[0], CompressedLinear)

@@ -35,7 +35,7 @@ paper = Paper(
         "paperworks.adapt.lora.LoRA",
         "paperworks.adapt.lora.LowRankDelta",
         "paperworks.adapt.delta.AdaptedLinear",
-        "paperworks.adapt.apply.merge",
+        "paperworks.adapt.merging.merge",
     ),
 )
 
