@@ -13,15 +13,19 @@ from paperworks.compress.fourbit import FP4, NF4, Int4
 from paperworks.compress.fp8 import FP8
 from paperworks.compress.ggml_format import GGML
 from paperworks.compress.gptq import GPTQ
+from paperworks.compress.kbit import KBit
+from paperworks.compress.kmeans_vq import KMeansVQ
 from paperworks.compress.linear import CompressedLinear
 from paperworks.compress.llm_int8 import LLMInt8
 from paperworks.compress.named import named
+from paperworks.compress.pv_tuning import PVTuning, tunable
 from paperworks.compress.quip import QuIP
 from paperworks.compress.quip_sharp import QuIPSharp
 from paperworks.compress.smoothquant import SmoothQuant
 from paperworks.compress.sparse import Magnitude, Sparse, Wanda
 from paperworks.compress.sparsegpt import SparseGPT
 from paperworks.compress.statistics import Statistics
+from paperworks.compress.tuning import tune_block
 from paperworks.compress.uniform import Int8, Uniform
 
 __all__ = [
@@ -37,10 +41,13 @@ __all__ = [
     "Effort",
     "Int4",
     "Int8",
+    "KBit",
+    "KMeansVQ",
     "LLMInt8",
     "LayerError",
     "LayerReport",
     "Magnitude",
+    "PVTuning",
     "QuIP",
     "QuIPSharp",
     "Report",
@@ -58,4 +65,6 @@ __all__ = [
     "named",
     "report",
     "save",
+    "tunable",
+    "tune_block",
 ]

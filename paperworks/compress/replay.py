@@ -58,9 +58,11 @@ class Unit:
 class _BlockUnit(Unit):
     """One block, run on the hidden states that the blocks before it left."""
 
-    def __init__(self, model: nn.Module, path: str, paths: Sequence[str], chain: "_Chain", place: int) -> None:
+    def __init__(
+        self, model: nn.Module, path: str, paths: Sequence[str], chain: "_Chain", place: int, *, last: bool
+    ) -> None:
         super().__init__(model, paths, chain.batches)
-        self.path, self.chain, self.place = path, chain, place
+        self.path, self.chain, self.place, self.last = path, chain, place, last
 
     def run(self, index: int) -> Any:
         return self._run(index, self.chain.hidden[index])
@@ -73,6 +75,8 @@ class _BlockUnit(Unit):
             return None
 
     def advance(self) -> None:
+        if self.last:  # what comes after is not looked at, or run as a whole
+            return
         for index, hidden in enumerate(self.chain.hidden):
             self.chain.hidden[index] = _first(self._run(index, hidden))
 
@@ -116,9 +120,10 @@ def _block_units(model: nn.Module, owner: str, paths: list[str], batches: Sequen
     if chain is None:
         yield Unit(model, paths, batches)
         return
-    for place, name in enumerate(names):
-        inside = [path for path in paths if path == name or path.startswith(name + ".")]
-        unit = _BlockUnit(model, name, inside, chain, place)
+    owned = [[path for path in paths if path == name or path.startswith(name + ".")] for name in names]
+    last = max(place for place, inside in enumerate(owned) if inside)
+    for place, (name, inside) in enumerate(zip(names[: last + 1], owned, strict=False)):
+        unit = _BlockUnit(model, name, inside, chain, place, last=place == last)
         if inside:
             yield unit
         else:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from paperworks.train.losses import cross_entropy_sum as cross_entropy_sum
     from paperworks.train.losses import next_token_loss as next_token_loss
     from paperworks.train.optimizers import parameter_groups as parameter_groups
+    from paperworks.train.paging import PagedAdamW as PagedAdamW
+    from paperworks.train.paging import paged_adamw as paged_adamw
     from paperworks.train.report import Report as Report
     from paperworks.train.schedules import Constant as Constant
     from paperworks.train.schedules import Cosine as Cosine
@@ -28,6 +30,7 @@ _OFFERED = {
     "Diverged": "step",
     "Interrupted": "interrupt",
     "Linear": "schedules",
+    "PagedAdamW": "paging",
     "Report": "report",
     "Schedule": "schedules",
     "Settings": "settings",
@@ -37,6 +40,7 @@ _OFFERED = {
     "fit": "loop",
     "latest": "folder",
     "next_token_loss": "losses",
+    "paged_adamw": "paging",
     "parameter_groups": "optimizers",
     "perplexity": "evaluation",
 }

@@ -44,6 +44,14 @@ FORMAT = compress.NF4(block=64, double_quantization=True)
 RECORDS = "self-instruct"
 
 
+def _smollm2(lab: Lab) -> DecoderModel:
+    """Load the model; in a smoke run its first two blocks."""
+    model = api.load("smollm2", device=lab.device)
+    if lab.scale == "smoke":
+        model.blocks = model.blocks[:2]
+    return model
+
+
 def _instructions(lab: Lab, tokenizer: Any, rows: int, length: int) -> tuple[Tensor, str]:
     """Return windows of instructions and answers, each of `length` tokens, and what they are in words."""
     try:
@@ -104,12 +112,11 @@ def _loss(model: nn.Module, windows: Tensor) -> float:
 )
 def matches_full_precision(lab: Lab) -> Verdict:
     """Train rank-16 adapters on every linear layer of SmolLM2, as loaded and in four bits, on the same batches."""
-    model = api.load("smollm2", device=lab.device)
+    model = _smollm2(lab)
     steps, rows, length = lab.pick(smoke=(1, 2, 8), small=(60, 16, 40), large=(500, 64, 128))
     windows, words = _instructions(lab, model.tokenizer, rows, length)
     model.tokenizer = None
-    targets: Any = lab.pick(smoke="blocks.{0,1}.*", small="all-linear")
-    packed = compress.apply(copy.deepcopy(model), FORMAT, targets)
+    packed = compress.apply(copy.deepcopy(model), FORMAT, "all-linear")
     report = compress.report(packed)
     dense_bytes = sum(2 * layer.weights for layer in report.layers)
     before = {"as loaded": _loss(model, windows), "NF4": _loss(packed, windows)}
@@ -220,7 +227,7 @@ def _step_memory(model: nn.Module, batch: Tensor) -> Memory:
 def takes_less_memory(lab: Lab) -> Verdict:
     """Count the bytes of every tensor alive during one step of training, adapters on all linear layers."""
     found: dict[str, Memory] = {}
-    model = api.load("smollm2", device=lab.device).bfloat16()
+    model = _smollm2(lab).bfloat16()
     tokens = torch.randint(1000, (1, lab.pick(smoke=2, small=16)), device=lab.device)
     dense = _with_adapters_in_half(copy.deepcopy(model))
     found["bfloat16"] = _step_memory(dense, tokens)

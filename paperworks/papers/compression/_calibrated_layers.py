@@ -57,6 +57,8 @@ class Layer:
 def calibrated_layers(lab: Lab) -> tuple[list[Layer], str]:
     """Return layers of three blocks (in a smoke run one of the first), and in words what text their inputs are of."""
     model = api.load("smollm2", device=lab.device)
+    if lab.scale == "smoke":
+        model.blocks = model.blocks[:1]
     text = scored_text(model.tokenizer, lab.pick(smoke=48, small=2048, large=16_384))
     targets = lab.pick(smoke=["blocks.0.mixer.value"], small=[f"blocks.{n}.*" for n in (0, 14, 29)])
     layers = select_linears(model, targets)

@@ -57,8 +57,10 @@ class Subject:
 
 
 def subject(lab: Lab) -> Subject:
-    """Load SmolLM2 and its texts; in a smoke run only the first block's query is rounded, on a few tokens."""
+    """Load SmolLM2 and its texts; in a smoke run one block of it, whose query is rounded, and a few tokens."""
     model = api.load("smollm2", device=lab.device)
+    if lab.scale == "smoke":
+        model.blocks = model.blocks[:1]
     text = scored_text(model.tokenizer, lab.pick(smoke=32, small=2048, large=65_536))
     batches = _calibration(model.tokenizer, lab.pick(smoke=1, small=8, large=64), lab.pick(smoke=24, small=512))
     model.tokenizer = None
