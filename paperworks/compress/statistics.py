@@ -1,6 +1,6 @@
 """What a linear layer's inputs looked like: gathered batch by batch, in memory that does not grow with the data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -103,8 +103,8 @@ class Gatherer:
         if "samples" in self.needs:
             self._sample(x)
 
-    def _fold(self, name: str, value: Tensor, join: type[torch.add] | object) -> None:
-        self._sums[name] = join(self._sums[name], value) if name in self._sums else value  # type: ignore[operator]
+    def _fold(self, name: str, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._sums[name] = join(self._sums[name], value) if name in self._sums else value
 
     def _sample(self, x: Tensor) -> None:
         """Keep the rows with the largest of one random key a row: a uniform sample of everything seen."""
