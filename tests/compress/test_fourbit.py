@@ -159,8 +159,6 @@ def test_wrong_use_is_refused():
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
     with pytest.raises(ValueError, match="block must be even"):
         compress.NF4(block=3)
-    with pytest.raises(ValueError, match="learns nothing from data"):
-        compress.apply(model, compress.NF4(), targets="0", calibration=[torch.zeros(1)])
     compress.apply(model, compress.NF4(), targets="0")
     with pytest.raises(ValueError, match="0 is compressed already"):
         compress.apply(model, compress.NF4(), targets="*")

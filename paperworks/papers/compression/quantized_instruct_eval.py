@@ -180,7 +180,7 @@ def identity_and_arithmetic(lab: Lab) -> Verdict:
     x = torch.randn(8, 256)
     before = model(x).log_softmax(-1)
     after = compress.apply(model, compress.GGML(kind="F32"), "*")(x).log_softmax(-1)
-    divergence = float((before.exp() * (before - after)).sum())
+    divergence = float((before.exp() * (before - after)).sum().detach())
     bits = compress.Uniform(bits=4, group=128).bits_per_weight((64, 256))
     return lab.judge(
         checks={
