@@ -125,7 +125,7 @@ def roundings(model, form):
     return found.__getitem__ if found else lambda path: 2.0**-9 if form == "bf16" else 1e-6
 
 
-@pytest.mark.parametrize(("adapter", "form", "name"), CELLS, ids=" ".join)
+@pytest.mark.parametrize(("adapter", "form", "name"), CELLS, ids=[" in ".join(cell) for cell in CELLS])
 def test_adapters_train_disable_save_and_merge_on_every_format_and_model(adapter, form, name, tmp_path):
     spec, lr = ADAPTERS[adapter]
     base = fresh(form, name)
@@ -171,7 +171,7 @@ def test_adapters_train_disable_save_and_merge_on_every_format_and_model(adapter
         assert torch.isfinite(logits(base)).all()
 
 
-@pytest.mark.parametrize(("form", "name"), BASES, ids=" ".join)
+@pytest.mark.parametrize(("form", "name"), BASES, ids=[" in ".join(pair) for pair in BASES])
 def test_without_adapters_gradients_pass_through_every_format(form, name):
     base = fresh(form, name)
     plain = compress.decompress(copy.deepcopy(base))
@@ -188,7 +188,7 @@ def test_without_adapters_gradients_pass_through_every_format(form, name):
     assert apart <= own.get(form, 1e-4)
 
 
-@pytest.mark.parametrize(("form", "name"), BASES, ids=" ".join)
+@pytest.mark.parametrize(("form", "name"), BASES, ids=[" in ".join(pair) for pair in BASES])
 def test_compressed_layers_round_trip_bit_for_bit(form, name, tmp_path):
     base = fresh(form, name)
     if not files.describe(base):  # plain weights: nothing of ours to store
