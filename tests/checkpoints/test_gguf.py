@@ -15,6 +15,9 @@ from paperworks.checkpoints import gguf, gguf_metadata
 from paperworks.compress.ggml import WRITABLE, decode, encode
 from paperworks.errors import CorruptFile
 
+# k-quants, whose rows are multiples of 256, have tests of their own: compress/test_kquants.py
+SHORT_BLOCKS = [name for name in WRITABLE if not name.endswith("_K")]
+
 METADATA = {
     "general.architecture": "llama",
     "llama.block_count": 30,
@@ -55,7 +58,8 @@ def small(tmp_path):
     generator = torch.Generator().manual_seed(0)
     path = tmp_path / "small.gguf"
     tensors = [
-        (f"blk.{index}.{type}", torch.randn(3, 64, generator=generator), type) for index, type in enumerate(WRITABLE)
+        (f"blk.{index}.{type}", torch.randn(3, 64, generator=generator), type)
+        for index, type in enumerate(SHORT_BLOCKS)
     ]
     gguf.write(path, METADATA, [*tensors, ("norm", torch.ones(5), "Q4_0")])
     return path, tensors

@@ -7,6 +7,9 @@ import torch
 
 from paperworks.compress.ggml import BLOCKS, WRITABLE, block_format, decode, encode
 
+# k-quants, whose rows are multiples of 256, have tests of their own: compress/test_kquants.py
+SHORT_BLOCKS = [name for name in WRITABLE if not name.endswith("_K")]
+
 HALF_TWO = [0x00, 0x40]  # 2.0 as a little-endian float16
 HALF_ONE = [0x00, 0x3C]
 
@@ -65,7 +68,7 @@ def test_plain_types_round_trip_exactly_what_they_can_hold(type):
     assert torch.equal(back[:, :7], x[:, :7])
 
 
-@pytest.mark.parametrize("type", WRITABLE)
+@pytest.mark.parametrize("type", SHORT_BLOCKS)
 def test_an_all_zero_row_stays_zero(type):
     assert torch.equal(decode(encode(torch.zeros(2, 64), type), type), torch.zeros(2, 64))
 

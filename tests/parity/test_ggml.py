@@ -9,6 +9,9 @@ from paperworks.compress.ggml import BLOCKS, WRITABLE, decode, encode
 from paperworks.data import assets
 from paperworks.errors import AssetUnavailable
 
+# k-quants, whose rows are multiples of 256, have tests of their own: compress/test_kquants.py
+SHORT_BLOCKS = [name for name in WRITABLE if not name.endswith("_K")]
+
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.parity
 
@@ -44,7 +47,7 @@ def test_random_bytes_decode_to_the_same_bits(type):
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("type", WRITABLE)
+@pytest.mark.parametrize("type", SHORT_BLOCKS)
 @pytest.mark.parametrize("kind", ["normal", "uniform", "integers", "with zero blocks", "tiny"])
 def test_writing_gives_the_same_bytes(type, kind):
     rng = np.random.default_rng(7)
@@ -101,7 +104,9 @@ def test_a_file_written_here_is_read_alike_by_the_package(tmp_path):
         "some.rate": 0.5,
         "some.big": 1 << 40,
     }
-    tensors = [(f"blk.{i}.{type}", torch.randn(3, 5, 64, generator=generator), type) for i, type in enumerate(WRITABLE)]
+    tensors = [
+        (f"blk.{i}.{type}", torch.randn(3, 5, 64, generator=generator), type) for i, type in enumerate(SHORT_BLOCKS)
+    ]
     ours.write(tmp_path / "x.gguf", metadata, [*tensors, ("norm", torch.randn(7), "F16")])
     mine, _ = assert_same_file(tmp_path / "x.gguf")
     assert mine.metadata == metadata
