@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paperworks.adapt.delta import Adapter, Delta
+from paperworks.nn.hadamard import transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +118,18 @@ class FastfoodDelta(Delta):
 
 @dataclass(frozen=True)
 class Fastfood:
-    """P theta = first D entries of H G Pi H B theta / sqrt(L sum(G^2) D / L), with theta filled up to L = 2^k >= D.
+    """P theta = first D entries of H G Pi H B theta sqrt(L^2 / (sum(G^2) D)), with theta filled up to L = 2^k >= D.
 
-    H is the Walsh-Hadamard matrix, B random signs, Pi a permutation, G normal. The columns of P have norms near 1. It
-    takes O(L log L) time; kept are 8 bytes for each of the L and one for each sign. Where theta is longer than L only
-    its first L entries are used.
+    H is the orthogonal Walsh-Hadamard matrix (see `nn.hadamard`), B random signs, Pi a permutation, G normal. The
+    columns of P have norms near 1. It takes O(L log L) time; kept are 8 bytes for each of the L and one for each sign.
+    Where theta is longer than L only its first L entries are used.
     """
 
     signs: Float[Tensor, " used"]
     order: Tensor  # (L,) int32
     gauss: Float[Tensor, " L"]
     size: int
-    divisor: float
+    factor: float
 
     @classmethod
     def draw(cls, dimension: int, size: int, seed: int, device: torch.device | str = "cpu") -> "Fastfood":
@@ -138,44 +139,15 @@ class Fastfood:
         gauss = torch.randn(length, generator=draws, device="cpu")
         order = torch.randperm(length, generator=draws, device="cpu").int()
         signs = (2 * torch.randint(2, (length,), generator=draws, device="cpu") - 1).to(torch.int8)
-        # sqrt(L sum G^2) makes the columns of all L rows unit vectors, sqrt(D / L) those of the first D
-        divisor = math.sqrt(length * gauss.double().square().sum().item()) * math.sqrt(size / length)
+        # sqrt(L / sum G^2) makes the columns of all L rows unit vectors, sqrt(L / D) those of the first D
+        factor = length / math.sqrt(gauss.double().square().sum().item() * size)
         used = signs[: min(dimension, length)].clone()
-        return cls(used.to(device), order.to(device), gauss.to(device), size, divisor)
+        return cls(used.to(device), order.to(device), gauss.to(device), size, factor)
 
     def __call__(self, theta: Float[Tensor, " dimension"]) -> Float[Tensor, " size"]:
         """Return P theta; differentiable."""
         theta = theta.to(self.gauss.device)
         x = theta[: len(self.signs)] * self.signs
-        x = hadamard(F.pad(x, (0, len(self.gauss) - len(x))))
-        x = hadamard(x.index_select(0, self.order) * self.gauss.to(x.dtype))
-        return x[: self.size] / self.divisor
-
-
-def hadamard(x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
-    """Return the Walsh-Hadamard transform of the last dimension, unnormalised: applied twice it gives length * x.
-
-    Raises:
-        ValueError: when the length is not a power of two.
-    """
-    length = x.shape[-1]
-    if length < 1 or length & (length - 1):
-        raise ValueError(f"the Hadamard transform needs a length that is a power of two, got {length}")
-    return _Hadamard.apply(x)
-
-
-class _Hadamard(torch.autograd.Function):
-    """The matrix is symmetric: its gradient is the transform again, and nothing needs to be kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        shape, step = x.shape, 1
-        while step < shape[-1]:
-            one, other = x.reshape(*shape[:-1], -1, 2, step).unbind(-2)
-            x = torch.stack((one + other, one - other), -2).view(shape)
-            step *= 2
-        return x.clone() if step == 1 else x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Hadamard.apply(gradient)
+        x = transform(F.pad(x, (0, len(self.gauss) - len(x))))
+        x = transform(x.index_select(0, self.order) * self.gauss.to(x.dtype))
+        return x[: self.size] * self.factor

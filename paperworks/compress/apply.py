@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,18 +17,19 @@ from paperworks.nn.linear import bias_of, weight_of
 from paperworks.nn.selection import Targets, replace_module, select_linears
 
 Watcher = Callable[[str, int, int], None]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
 def apply(
-    model: nn.Module,
+    model: Model,
     format: WeightFormat,
     targets: Targets = "all-linear",
     *,
     calibration: Calibration | Sequence[Batch] | None = None,
     resume: str | Path | None = None,
     progress: Watcher | None = None,
-) -> nn.Module:
+) -> Model:
     """Replace the chosen linear layers by ones whose weight is stored in `format`; in place.
 
     When anything fails the model is left as it was.
@@ -126,7 +128,7 @@ def _compressed(path: str, module: nn.Module, format: WeightFormat, statistics: 
 
 
 @torch.no_grad()
-def decompress(model: nn.Module) -> nn.Module:
+def decompress(model: Model) -> Model:
     """Turn compressed layers back into plain ones that hold the decoded weights; in place."""
     for path, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):

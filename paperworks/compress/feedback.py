@@ -98,18 +98,23 @@ def upper_factor(
     while True:
         diagonal += (amount - added) * mean
         added = amount
-        lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
-        if not bool(failed) and bool(torch.isfinite(lower).all()):
-            break
+        factor = upper_cholesky(moment)
+        if factor is not None:
+            if amount != damping:
+                warnings.warn(
+                    f"the second moment of the inputs is singular with damping {damping}: damped by {amount:g} of its "
+                    "mean diagonal instead; more calibration tokens would make it regular",
+                    stacklevel=2,
+                )
+            return factor
         if amount >= MOST_DAMPING:
             raise ValueError(
                 "the second moment of the inputs is not positive semidefinite: gather it again, from finite inputs"
             )
         amount = min(max(10 * amount, 1e-4), MOST_DAMPING)
-    if amount != damping:
-        warnings.warn(
-            f"the second moment of the inputs is singular with damping {damping}: damped by {amount:g} of its mean "
-            "diagonal instead; more calibration tokens would make it regular",
-            stacklevel=2,
-        )
-    return lower.flip(0, 1).contiguous()
+
+
+def upper_cholesky(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"] | None:
+    """Return R, upper triangular with R R^T = H, or None where H is not positive definite and finite."""
+    lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
+    return None if bool(failed) or not bool(lower.isfinite().all()) else lower.flip(0, 1).contiguous()

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from paperworks.compress.feedback import upper_cholesky
+
 # Rounds a block of columns (rows, g); returns the values and the codes (rows, k) that stand for them.
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -34,10 +36,9 @@ def feedback_factor(moment: Float[Tensor, "columns columns"], width: int = 1) ->
     columns = moment.shape[0]
     if columns % width:
         raise ValueError(f"{columns} columns do not split into blocks of {width}")
-    factor, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
-    if int(failed):
+    upper = upper_cholesky(moment)
+    if upper is None:
         raise ValueError("the second moment is not positive definite: raise the damping")
-    upper = factor.flip(0, 1)  # H = R R^T with R upper triangular
     blocks = upper.view(columns // width, width, columns // width, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     # R_:b R_bb^-1 makes every diagonal block the identity, which is what U + I has there.
     split = upper.view(columns, columns // width, width).transpose(0, 1)

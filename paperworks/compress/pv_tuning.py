@@ -30,7 +30,9 @@ from paperworks.nn.selection import replace_module
 class GroupFormat(Protocol):
     """What PV-Tuning asks of a format: groups of columns with codes of their own, as AQLM and KMeansVQ have."""
 
-    group: int
+    @property
+    def group(self) -> int:
+        """Columns that one set of codes stands for."""
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Tensor:
         """See `WeightFormat`."""

@@ -237,7 +237,7 @@ def parameters_and_rank(lab: Lab) -> Verdict:
             sum(p.numel() for p in adapter.build(4096, 4096).parameters())
             for adapter in (adapt.MoRA(rank=8, kind="sharing"), adapt.LoRA(rank=8))
         ]
-    off, ranks, tiles = 0.0, [], True
+    off, ranks = 0.0, []
     rows: list[list[Any]] = []
     for shape in shapes:
         for kind in (*kinds, "rotation"):

@@ -291,7 +291,12 @@ def same_numbers(lab: Lab) -> Verdict:
             nn.init.normal_(layer.delta.up, std=0.02)  # type: ignore[arg-type]
     shapes: list[tuple[int, ...]] = []
     weights = {tuple(weight_of(layer.base).shape) for layer in adapt.adapted(packed).values()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         packed(tokens).square().mean().backward()
     plain(tokens).square().mean().backward()
     ours, theirs = ([p for p in each.parameters() if p.requires_grad] for each in (packed, plain))

@@ -20,11 +20,6 @@ from paperworks.nn.linear import weight_of
 from paperworks.nn.selection import select_linears
 from paperworks.papers.compression._scored_text import scored_text
 
-PROVENANCE = (
-    "The weights at hand are not the published ones: the public file of SmolLM2-135M-Instruct that is used here holds "
-    "them rounded to Q4_1 (16 levels in groups of 32), and every method here rounds these once more. "
-)
-
 
 @dataclass(frozen=True)
 class Layer:

@@ -19,11 +19,6 @@ from paperworks.lab import Lab
 from paperworks.models import DecoderModel
 from paperworks.papers.compression._scored_text import scored_text
 
-PROVENANCE = (
-    "The weights at hand are not the published ones: the public file of SmolLM2-135M-Instruct that is used here holds "
-    "them rounded to Q4_1 (16 levels in groups of 32), and every format here rounds these once more. "
-)
-
 
 @dataclass(frozen=True)
 class Subject:

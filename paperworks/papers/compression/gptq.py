@@ -16,7 +16,8 @@ from paperworks.compress.statistics import Statistics
 from paperworks.compress.uniform import Uniform
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.papers.compression._rounded_smollm2 import PROVENANCE, Subject, subject
+from paperworks.papers.compression._rounded_smollm2 import Subject, subject
+from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="gptq",
@@ -87,13 +88,15 @@ def layers_err_less(lab: Lab) -> Verdict:
     """Round each linear layer of SmolLM2 with the dense model's inputs, and compare squared output errors."""
     known = subject(lab)
     ratios: dict[str, list[float]] = {}
+    plainly: dict[str, float] = {}
     for name, bits, group in lab.track([("4 bits, rows", 4, None), ("3 bits, groups of 64", 3, 64)], "formats"):
         losses = [_output_errors(known, form(bits=bits, group=group)) for form in (GPTQ, Uniform)]
         ratios[name] = [ours / plain for ours, plain in zip(*losses, strict=True)]
+        plainly[name] = stats.median(losses[1])
     lab.table(
         "Squared output error over that of round to nearest",
-        ["format", "layers", "median", "largest"],
-        [[name, len(found), stats.median(found), max(found)] for name, found in ratios.items()],
+        ["format", "layers", "median", "largest", "round to nearest's, of the output's energy"],
+        [[name, len(found), stats.median(found), max(found), plainly[name]] for name, found in ratios.items()],
     )
     with lab.figure("layers", figsize=(7.2, 2.9)) as figure:
         axes = figure.subplots()
@@ -112,7 +115,7 @@ def layers_err_less(lab: Lab) -> Verdict:
         },
         measured={f"median ratio, {name}": stats.median(found) for name, found in ratios.items()}
         | {"largest ratio": max(everything), "layers": len(ratios["4 bits, rows"])},
-        control={"ratio of round to nearest": 1.0},
+        control={f"median error of round to nearest, {name}": error for name, error in plainly.items()},
         note=PROVENANCE + known.words + ".",
     )
 

@@ -176,7 +176,7 @@ def bits_are_accounted(lab: Lab) -> Verdict:
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(lab.seed))
     layer = nn.Sequential(nn.Linear(256, 256, bias=False))
     with torch.no_grad():
-        layer[0].weight.copy_(weight)  # type: ignore[operator, union-attr]
+        layer[0].weight.copy_(weight)  # type: ignore[operator]
     stored = compress.report(compress.apply(layer, KBit(bits=4), "*")).bits_per_weight
     outliers, bits = 0.02, 4
     levels = {k: len(codebook("int", k)) for k in BITS}
