@@ -118,7 +118,8 @@ class Progress:
             for path, layer in self._waiting.items()
             for name, tensor in layer.stored.items()
         }
-        file = self.folder / f"{len(list(self.folder.glob('*.safetensors'))):05d}.safetensors"
+        taken = [int(file.stem) for file in self.folder.glob("*.safetensors") if file.stem.isdecimal()]
+        file = self.folder / f"{max(taken, default=-1) + 1:05d}.safetensors"
         with atomic.writing_file(file) as out:
             save_file(tensors, out, metadata={"layers": json.dumps(notes)})
         self._waiting.clear()

@@ -93,9 +93,6 @@ def test_an_interrupted_compression_goes_on_where_it_stopped(tmp_path, calibrati
 
     original = type(format).encode
 
-    class Counting(type(format)):
-        pass
-
     def counted(self, weight, statistics=None):
         encoded.append(weight.shape)
         return original(self, weight, statistics)
@@ -106,13 +103,26 @@ def test_an_interrupted_compression_goes_on_where_it_stopped(tmp_path, calibrati
         compress.apply(model, format, calibration=calibration, resume=tmp_path / "r")
     finally:
         monkey.undo()
-        from paperworks.nn.spec import Spec
-
-        Spec.registry.pop("Counting", None)
     total = len(compress.report(whole).layers)
     assert 0 < len(encoded) < total - 7  # the first block at least was not done again
     assert torch.equal(logits(model), logits(whole))
     assert not (tmp_path / "r").exists()
+
+
+def test_a_finished_block_that_was_lost_is_done_again_and_the_others_are_kept(tmp_path):
+    def stop(path, done, total):
+        if path.startswith("blocks.2."):
+            raise Stop
+
+    with pytest.raises(Stop):
+        compress.apply(llama(), LEARNED, calibration=BATCHES, resume=tmp_path / "r", progress=stop)
+    kept = sorted((tmp_path / "r").glob("*.safetensors"))
+    kept[0].write_bytes(b"damaged")
+    with pytest.raises(CorruptFile, match=r"delete it, and its block is compressed again"):
+        compress.apply(llama(), LEARNED, calibration=BATCHES, resume=tmp_path / "r")
+    kept[0].unlink()
+    model = compress.apply(llama(), LEARNED, calibration=BATCHES, resume=tmp_path / "r")
+    assert torch.equal(logits(model), logits(compress.apply(llama(), LEARNED, calibration=BATCHES)))
 
 
 def test_another_compressions_folder_is_refused(tmp_path):

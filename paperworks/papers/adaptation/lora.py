@@ -18,6 +18,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import DecoderModel
 from paperworks.nn.linear import weight_of
+from paperworks.papers._smollm2 import smollm2
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -170,7 +171,7 @@ def _adapted(lab: Lab, model: DecoderModel, part: str) -> DecoderModel:
 )
 def learns_with_few_parameters(lab: Lab) -> Verdict:
     """Train rank-8 adapters on query and value, and compare with adapters that may not use B."""
-    model = api.load("smollm2", device=lab.device)
+    model = smollm2(lab)
     count, size, steps = lab.pick(smoke=(3, 2, 2), small=(60, 12, 80), large=(60, 12, 200))
     facts = _facts(lab, model.tokenizer, count)
     model.tokenizer = None

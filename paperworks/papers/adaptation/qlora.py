@@ -19,6 +19,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import DecoderModel
 from paperworks.nn.linear import weight_of
+from paperworks.papers._smollm2 import smollm2
 from paperworks.train.paging import paged_adamw
 
 paper = Paper(
@@ -42,14 +43,6 @@ paper = Paper(
 
 FORMAT = compress.NF4(block=64, double_quantization=True)
 RECORDS = "self-instruct"
-
-
-def _smollm2(lab: Lab) -> DecoderModel:
-    """Load the model; in a smoke run its first two blocks."""
-    model = api.load("smollm2", device=lab.device)
-    if lab.scale == "smoke":
-        model.blocks = model.blocks[:2]
-    return model
 
 
 def _instructions(lab: Lab, tokenizer: Any, rows: int, length: int) -> tuple[Tensor, str]:
@@ -112,7 +105,7 @@ def _loss(model: nn.Module, windows: Tensor) -> float:
 )
 def matches_full_precision(lab: Lab) -> Verdict:
     """Train rank-16 adapters on every linear layer of SmolLM2, as loaded and in four bits, on the same batches."""
-    model = _smollm2(lab)
+    model = smollm2(lab, smoke_depth=2)
     steps, rows, length = lab.pick(smoke=(1, 2, 8), small=(60, 16, 40), large=(500, 64, 128))
     windows, words = _instructions(lab, model.tokenizer, rows, length)
     model.tokenizer = None
@@ -227,7 +220,7 @@ def _step_memory(model: nn.Module, batch: Tensor) -> Memory:
 def takes_less_memory(lab: Lab) -> Verdict:
     """Count the bytes of every tensor alive during one step of training, adapters on all linear layers."""
     found: dict[str, Memory] = {}
-    model = _smollm2(lab).bfloat16()
+    model = smollm2(lab, smoke_depth=2).bfloat16()
     tokens = torch.randint(1000, (1, lab.pick(smoke=2, small=16)), device=lab.device)
     dense = _with_adapters_in_half(copy.deepcopy(model))
     found["bfloat16"] = _step_memory(dense, tokens)

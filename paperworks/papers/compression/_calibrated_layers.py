@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paperworks import api
 from paperworks.compress import WeightFormat
 from paperworks.compress.calibration import Calibration, stages
 from paperworks.compress.grids import find_grid
@@ -18,6 +17,7 @@ from paperworks.compress.statistics import Statistics
 from paperworks.lab import Lab
 from paperworks.nn.linear import weight_of
 from paperworks.nn.selection import select_linears
+from paperworks.papers._smollm2 import smollm2
 from paperworks.papers.compression._scored_text import scored_text
 
 
@@ -50,10 +50,8 @@ class Layer:
 
 @torch.no_grad()
 def calibrated_layers(lab: Lab) -> tuple[list[Layer], str]:
-    """Return layers of three blocks (in a smoke run one of the first), and in words what text their inputs are of."""
-    model = api.load("smollm2", device=lab.device)
-    if lab.scale == "smoke":
-        model.blocks = model.blocks[:1]
+    """Return layers of three blocks (in a smoke run one of a stand-in), and in words what text their inputs are of."""
+    model = smollm2(lab)
     text = scored_text(model.tokenizer, lab.pick(smoke=48, small=2048, large=16_384))
     targets = lab.pick(smoke=["blocks.0.mixer.value"], small=[f"blocks.{n}.*" for n in (0, 14, 29)])
     layers = select_linears(model, targets)

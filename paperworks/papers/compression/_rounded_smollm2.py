@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from paperworks import api, compress, train
+from paperworks import compress, train
 from paperworks.compress import WeightFormat
 from paperworks.compress.calibration import Calibration
 from paperworks.data.text import PYTHON_DOCS, load_records, load_text
 from paperworks.errors import AssetUnavailable
 from paperworks.lab import Lab
 from paperworks.models import DecoderModel
+from paperworks.papers._smollm2 import smollm2
 from paperworks.papers.compression._scored_text import scored_text
 
 
@@ -52,10 +53,8 @@ class Subject:
 
 
 def subject(lab: Lab) -> Subject:
-    """Load SmolLM2 and its texts; in a smoke run one block of it, whose query is rounded, and a few tokens."""
-    model = api.load("smollm2", device=lab.device)
-    if lab.scale == "smoke":
-        model.blocks = model.blocks[:1]
+    """Load SmolLM2 and its texts; in a smoke run a small stand-in, whose query is rounded, and a few tokens."""
+    model = smollm2(lab)
     text = scored_text(model.tokenizer, lab.pick(smoke=32, small=2048, large=65_536))
     batches = _calibration(model.tokenizer, lab.pick(smoke=1, small=8, large=64), lab.pick(smoke=24, small=512))
     model.tokenizer = None

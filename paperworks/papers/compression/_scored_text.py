@@ -1,4 +1,4 @@
-"""The text on which compressed language models are scored, and what there is to know of the model."""
+"""The text on which compressed language models are scored."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from torch import Tensor
 
 from paperworks.data.text import PYTHON_DOCS, load_records, load_text
 from paperworks.errors import AssetUnavailable
-
-PROVENANCE = (
-    "The weights at hand are not the published ones: the public file of SmolLM2-135M-Instruct that is used here holds "
-    "them rounded to Q4_1 (16 levels in groups of 32), and every format here rounds these once more. "
-)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from paperworks import compress
 from paperworks.compress.effort import Effort, at_effort
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._rounded_smollm2 import subject
-from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="effort",

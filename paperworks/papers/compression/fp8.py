@@ -8,8 +8,8 @@ from paperworks.compress.fp8 import DTYPES, FP8, LARGEST, cast, round_in_softwar
 from paperworks.compress.smoothquant import W8A8
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._rounded_smollm2 import subject
-from paperworks.papers.compression._scored_text import PROVENANCE
 from paperworks.papers.compression.smoothquant import signal_to_noise
 
 paper = Paper(

@@ -21,6 +21,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import DecoderModel
 from paperworks.nn.linear import weight_of
+from paperworks.papers._smollm2 import smollm2
 from paperworks.papers.compression._scored_text import scored_text
 
 paper = Paper(
@@ -98,7 +99,7 @@ def _rounded_in_memory(model: DecoderModel, kind: str) -> DecoderModel:
 )
 def eight_bits_lose_almost_nothing(lab: Lab) -> Verdict:
     """Export, read back, compare with the same rounding done in memory, and score on text."""
-    model = _first_blocks(api.load("smollm2", device=lab.device), lab.pick(smoke=1, small=30))
+    model = smollm2(lab)
     text = scored_text(model.tokenizer, lab.pick(smoke=32, small=3072, large=65_536))
     tokens = text.tokens.to(lab.device)
     context = lab.pick(smoke=32, small=513)
@@ -141,13 +142,6 @@ def eight_bits_lose_almost_nothing(lab: Lab) -> Verdict:
         note=f"{text.words}; windows of 512. The weights at hand "
         "were rounded to Q4_1 before (embeddings to Q8_0), which is what they are compared with.",
     )
-
-
-def _first_blocks(model: DecoderModel, depth: int) -> DecoderModel:
-    """Cut a model off after its first blocks; a smoke run needs no more."""
-    model.blocks = model.blocks[:depth]
-    model.spec = replace(model.spec, depth=depth)
-    return model
 
 
 def _bits(path: Path) -> float:

@@ -16,8 +16,8 @@ from paperworks.compress.statistics import Statistics
 from paperworks.compress.uniform import Uniform
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._rounded_smollm2 import Subject, subject
-from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="gptq",

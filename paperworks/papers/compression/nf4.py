@@ -15,7 +15,7 @@ from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import DecoderModel
 from paperworks.nn.linear import weight_of
 from paperworks.nn.selection import select_linears
-from paperworks.papers.compression._scored_text import PROVENANCE, scored_text
+from paperworks.papers.compression._scored_text import scored_text
 
 paper = Paper(
     key="nf4",
@@ -42,6 +42,10 @@ FORMATS: dict[str, FourBit] = {
     "int4": compress.Int4(),
     "FP4": compress.FP4(),
 }
+PROVENANCE = (
+    "The weights at hand are not the published ones: the public file of SmolLM2-135M-Instruct that is used here holds "
+    "them rounded to Q4_1 (16 levels in groups of 32), and every format here rounds these once more. "
+)
 
 
 def _linears(lab: Lab) -> str | list[str]:

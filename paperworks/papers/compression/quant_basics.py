@@ -9,8 +9,8 @@ from paperworks.compress.grids import fake_quantize, find_grid
 from paperworks.compress.uniform import Int8, Uniform
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._rounded_smollm2 import subject
-from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="quant-basics",

@@ -13,8 +13,8 @@ from paperworks.compress import WeightFormat
 from paperworks.compress.ggml_format import K_FALLBACKS
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._rounded_smollm2 import Subject, subject
-from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="quantized-instruct-eval",

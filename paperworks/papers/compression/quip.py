@@ -10,8 +10,8 @@ from paperworks.compress.ldlq import feedback_factor, ldlq, proxy_loss
 from paperworks.compress.quip import QuIP
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._calibrated_layers import calibrated_layers, geometric_mean
-from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="quip",

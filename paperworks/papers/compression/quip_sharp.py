@@ -12,8 +12,8 @@ from paperworks.compress.quip_sharp import QuIPSharp
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.nn import hadamard
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._calibrated_layers import calibrated_layers, geometric_mean
-from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="quip-sharp",

@@ -11,8 +11,8 @@ from paperworks.compress.smoothquant import W8A8, SmoothQuant, smoothing_scales
 from paperworks.compress.statistics import Statistics
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS
+from paperworks.papers._smollm2 import PROVENANCE
 from paperworks.papers.compression._rounded_smollm2 import subject
-from paperworks.papers.compression._scored_text import PROVENANCE
 
 paper = Paper(
     key="smoothquant",
