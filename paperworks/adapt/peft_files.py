@@ -52,8 +52,9 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", *, re
         model: transformers' module, whose paths peft's files use, or another one with `rename`.
         folder: with adapter_config.json and adapter_model.safetensors.
         name: what to call the adapter.
-        rename: from the paths in the file to the model's, as a function or a table. A fused layer that the model holds
-            as several (GPT-2's c_attn) is renamed to the list of those, in the order of their rows.
+        rename: from the paths in the file to the model's, as a function or a table; for models of this library
+            `checkpoints.huggingface_names(model)`. A fused layer that the model holds as several (GPT-2's c_attn) is
+            renamed to the list of those, in the order of their rows.
 
     Raises:
         FileNotFoundError: when a file is missing; a pickle (adapter_model.bin) is never opened.

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from paperworks import atomic
 from paperworks.checkpoints import hf_names
-from paperworks.checkpoints.hf_config import config_from_spec, spec_from_config
-from paperworks.checkpoints.layout import Rule, TensorSource, export_weights, import_weights, require_depth
+from paperworks.checkpoints.hf_config import FAMILIES, config_from_spec, spec_from_config
+from paperworks.checkpoints.layout import Rule, Stacked, TensorSource, export_weights, import_weights, require_depth
 from paperworks.checkpoints.safetensors import open_store, write_shards
-from paperworks.errors import CorruptFile
+from paperworks.errors import CorruptFile, unknown
 from paperworks.models import DecoderModel
 
 
@@ -91,6 +91,30 @@ def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtyp
         return hf_names.ignorable(name) or (spec.tied and name == "lm_head.weight")
 
     return import_weights(spec, named, rules, dtype=dtype, ignorable=ignorable, origin=origin)
+
+
+def huggingface_names(model: DecoderModel, model_type: str | None = None) -> dict[str, list[str]]:
+    """Return what transformers calls the modules of a model: its paths, and ours for each (several where it fuses them).
+
+    It is what `adapt.load_peft(model, folder, rename=...)` asks for. GPT-NeoX's fused query_key_value is left out: its
+    rows are ordered by head, which no renaming can express.
+
+    Args:
+        model: one of ours.
+        model_type: transformers' name of the family; None takes the one that `save_folder` writes (which for a Phi-3
+            is "mistral", the same model with nothing fused).
+
+    Raises:
+        ValueError: when no Hugging Face family expresses the model's spec, or there is none of that name.
+    """
+    kind = model_type or config_from_spec(model.spec)["model_type"]
+    if kind not in FAMILIES:
+        raise ValueError(unknown("model_type", kind, FAMILIES))
+    found: dict[str, list[str]] = {}
+    for rule in hf_names.rules(kind, model.spec):
+        if rule.theirs.endswith(".weight") and isinstance(rule.codec, Stacked):
+            found[rule.theirs.removesuffix(".weight")] = [name.removesuffix(".weight") for name in rule.ours]
+    return found
 
 
 def save_folder(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 5 * 1024**3) -> None:

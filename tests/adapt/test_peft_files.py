@@ -147,28 +147,27 @@ def test_peft_reads_what_we_write_and_we_read_what_peft_writes(family, tmp_path)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("family", ["llama2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama2", "gpt2", "phi3"])
 def test_pefts_files_work_on_our_models_by_the_table_of_names(family, tmp_path):
     """Also shows that our query and key rows stand in Hugging Face's order: a permuted one would move the logits."""
     from peft import LoraConfig, get_peft_model
 
-    from paperworks.checkpoints import from_transformers, hf_names
+    from paperworks.checkpoints import from_transformers, huggingface_names
     from tests.parity.families import oracle
 
-    names = {"llama2": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt2": ["c_attn", "c_fc"]}[family]
+    names = {
+        "llama2": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "gpt2": ["c_attn", "c_fc"],
+        "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    }[family]
     theirs = get_peft_model(
         oracle(family), LoraConfig(r=4, target_modules=names, fan_in_fan_out=family == "gpt2")
     ).eval()
     randomize(p for p in theirs.parameters() if p.requires_grad)
     theirs.save_pretrained(tmp_path)
     ours = from_transformers(oracle(family)).eval()
-    kind = "gpt2" if family == "gpt2" else "llama"
-    table = {
-        rule.theirs.removesuffix(".weight"): [name.removesuffix(".weight") for name in rule.ours]
-        for rule in hf_names.rules(kind, ours.spec)
-    }
     before = ours(TOKENS)
-    adapt.load_peft(ours, tmp_path, rename=table)
+    adapt.load_peft(ours, tmp_path, rename=huggingface_names(ours, family if family == "phi3" else None))
     wanted = theirs(TOKENS).logits
     assert (before - wanted).abs().max() > 1e-2 * wanted.abs().max()
     assert (ours(TOKENS) - wanted).abs().max() <= 2e-5 * wanted.abs().max()  # float32, another model's order of sums
