@@ -94,7 +94,7 @@ def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtyp
 
 
 def huggingface_names(model: DecoderModel, model_type: str | None = None) -> dict[str, list[str]]:
-    """Return what transformers calls the modules of a model: its paths, and ours for each (several where it fuses them).
+    """Return the paths that transformers gives a model's layers, and ours for each: several where it fuses them.
 
     It is what `adapt.load_peft(model, folder, rename=...)` asks for. GPT-NeoX's fused query_key_value is left out: its
     rows are ordered by head, which no renaming can express.
