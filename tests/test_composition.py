@@ -109,14 +109,14 @@ def fresh(form, name):
 VARIANTS = {"LLM.int8", "SmoothQuant", "NF4 twice", "QuIP-2", "Effort"}
 CELLS = [
     (adapter, form, name)
-    for adapter in ADAPTERS
     for form in FORMATS
     for name in MODELS
+    for adapter in ADAPTERS  # last: a model is encoded once for all of them
     if (adapter == "LoRA" and name in ("llama", "transformers' gpt2"))
     or (adapter == "rsLoRA" and (form, name) == ("NF4", "llama"))
     or (adapter != "rsLoRA" and form not in VARIANTS and name != "transformers' gpt2")
 ]
-BASES = [(form, name) for form in FORMATS for name in ("llama", "transformers' gpt2")]
+BASES = [(form, name) for form in FORMATS for name in MODELS if ("LoRA", form, name) in CELLS]
 
 
 def roundings(model, form):
