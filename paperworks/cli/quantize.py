@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,8 @@ from paperworks.cli.options import parse
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from paperworks.compress import WeightFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class Options:
     bits: int | None = None
     """Bits a weight, where the format leaves a choice."""
     group: int | None = None
-    """Weights that share a scale, where the format leaves a choice."""
+    """Weights that share a scale, where the format leaves a choice; 0 for whole rows. Left out, it is at most 128 and
+    divides every row."""
     sparsity: float | None = None
     """Share of weights removed, for the pruning formats."""
     pattern: str | None = None
@@ -59,7 +62,11 @@ def main(arguments: list[str]) -> int:
 
     options = parse(Options, "quantize", arguments)
     format = named(
-        options.format, bits=options.bits, group=options.group, sparsity=options.sparsity, pattern=options.pattern
+        options.format,
+        bits=options.bits,
+        group=options.group or None,
+        sparsity=options.sparsity,
+        pattern=options.pattern,
     )
     if format.needs and options.calibration is None:
         raise ValueError(
@@ -69,6 +76,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{options.out} exists; give another --out, or remove it first")
     texts = {path: _read(path) for path in (options.calibration, options.text) if path is not None}
     model = load_model(options.model)
+    format = _grouped(format, model, options)
     batches = None
     if options.calibration is not None:
         batches = _batches(model, texts[options.calibration], options)
@@ -91,6 +99,26 @@ def main(arguments: list[str]) -> int:
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
     print(f"saved to {options.out} ({size:,} bytes of weights); load it with paperworks.load({str(options.out)!r})")
     return 0
+
+
+def _grouped(format: WeightFormat, model: Any, options: Options) -> WeightFormat:
+    """Give grids along rows the group that was asked for, or the largest usual one that divides every row."""
+    from paperworks.compress.uniform import Uniform
+    from paperworks.nn.linear import features
+    from paperworks.nn.selection import select_linears
+
+    if options.group == 0:
+        if not isinstance(format, Uniform):
+            raise ValueError(f"{options.format} has no choice of group")
+        return replace(format, group=None)
+    if options.group or not isinstance(format, Uniform) or format.group is None:
+        return format
+    usual = format.group
+    widths = {features(module)[0] for module in select_linears(model, options.targets).values()}
+    group = next(size for size in (usual, 64, 32, 16, 8, 4, 2, 1) if all(width % size == 0 for width in widths))
+    if group != usual:
+        print(f"groups of {group}: {usual} does not divide every row; --group chooses", file=sys.stderr)
+    return replace(format, group=group)
 
 
 def _read(path: Path) -> str:

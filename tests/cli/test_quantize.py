@@ -56,6 +56,15 @@ def test_the_result_loads_decodes_and_can_be_trained(folder, capsys, arguments):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(("chosen", "group"), [((), 32), (("--group", "0"), None), (("--group", "8"), 8)])
+def test_groups_divide_the_rows_unless_they_are_chosen(folder, capsys, chosen, group):
+    assert run(folder, "--format", "rtn", *chosen) == 0
+    said = capsys.readouterr()
+    assert ("groups of 32: 128 does not divide every row" in said.err) == (chosen == ())
+    layers = [layer for layer in pw.load(folder / "out").modules() if isinstance(layer, compress.CompressedLinear)]
+    assert {layer.format.group for layer in layers} == {group}
+
+
 def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
     original, calls = compress.NF4.encode, []
 
@@ -80,6 +89,7 @@ def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
         (("--format", "gptq"), "gptq learns from data: give --calibration FILE"),
         (("--format", "nf4", "--bits", "4"), "nf4 has no choice of bits; it offers block"),
         (("--format", "gptq", "--bits", "9", "--calibration", "text.txt"), "bits must be 2 to 8, got 9"),
+        (("--format", "nf4", "--group", "0"), "nf4 has no choice of group"),
         (("--format", "gpqt"), "did you mean 'gptq'"),
         (("--format", "rtn", "--group", "24"), "does not divide a row of 32 inputs; these do"),
         (("--format", "gptq", "--group", "16", "--calibration", "empty.txt"), "is empty"),
