@@ -32,10 +32,15 @@ def smollm2(lab: Lab, smoke_depth: int = 1) -> DecoderModel:
     """
     if lab.scale != "smoke":
         return api.load("smollm2", device=lab.device)
-    spec = llama(192, smoke_depth, 6, 256, kv_heads=3, vocab_size=49_152, context=8192, eps=1e-5, tied=True)
+    return stand_in(smoke_depth, lab.seed).to(lab.device)
+
+
+def stand_in(depth: int = 30, seed: int = 0) -> DecoderModel:
+    """Return random weights in SmolLM2's shape, a third as wide, with its tokenizer."""
+    spec = llama(192, depth, 6, 256, kv_heads=3, vocab_size=49_152, context=8192, eps=1e-5, tied=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lab.seed)
-        model = spec.build().eval().to(lab.device)
+        torch.manual_seed(seed)
+        model = spec.build().eval()
     model.tokenizer = _tokenizer()
     return model
 
