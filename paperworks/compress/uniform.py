@@ -80,7 +80,9 @@ class Uniform(WeightFormat):
         slices = self.slices(weight.detach().float())
         fresh = self.grid(slices)
         scale = stored["scales"].float()[:, None]
-        zero = torch.zeros_like(scale) if self.symmetric else fresh.low + self._zeros(stored, len(slices))
+        zero = torch.zeros_like(scale)
+        if not self.symmetric:
+            zero = zero + fresh.low + self._zeros(stored, len(slices))
         held = Grid(scale, zero, fresh.low, fresh.high)
         # beyond half a step outside the range, keeping the scale costs more than rounding
         outgrown = ((held.nearest(slices) - slices).abs() > 0.51 * scale).any(-1, keepdim=True)
