@@ -288,8 +288,13 @@ def test_flipped_header_bytes_load_or_are_refused_in_bounded_time_and_memory(sma
     first = min(tensor._start for tensor in gguf.read(path).tensors.values())
     chance = random.Random(0)
     target = path.with_name("flipped.gguf")
-    refused = 0
     tracemalloc.start()
+    begin = time.perf_counter()
+    for _ in range(100):
+        target.write_bytes(whole)
+        load_everything(target)
+    usual = (time.perf_counter() - begin) / 100
+    refused = 0
     begin = time.perf_counter()
     for _ in range(800):
         damaged = bytearray(whole)
@@ -303,7 +308,7 @@ def test_flipped_header_bytes_load_or_are_refused_in_bounded_time_and_memory(sma
     seconds, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert 160 < refused < 800  # the test damages what matters, and not only that
-    assert seconds < 30  # ten times what it takes
+    assert seconds < 10 * 800 * usual  # a whole file takes longer than one that is refused
     assert peak < 8 << 20
 
 
