@@ -142,7 +142,8 @@ def test_wasting_time_or_memory_is_stopped(case, monkeypatch):
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ChatTemplateError):
         render(WASTE[case], HELLO)
-    assert time.perf_counter() - begin < 10  # the limit, and the one step under way when it is reached
+    # the limit, and the one step under way when it is reached; a machine may stand still for seconds meanwhile
+    assert time.perf_counter() - begin < 60
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert grown < 600 << 10  # the limits allow 64 Mi characters (of 1 to 4 bytes) in pieces and once more joined
 
