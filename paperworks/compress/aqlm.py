@@ -113,7 +113,9 @@ class AQLM(WeightFormat):
         moment = torch.eye(weight.shape[1], device=weight.device)
         books, scales = stored["codebooks"].float(), stored["scales"].float()
         for _ in range(3):  # with M codebooks one search is not yet at rest
-            codes = beam_search(weight.float(), moment, books, scales, codes, self.beam)
+            before, codes = codes, beam_search(weight.float(), moment, books, scales, codes, self.beam)
+            if torch.equal(codes, before):
+                break
         return stored | {"codes": self.pack(codes)}
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
