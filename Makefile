@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # what is imported is compiled then; compiling all of what is installed would take longer than the tests
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 JOBS ?= 2
+# many tests start Python: what it has compiled is kept
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: tour test lint types contracts tests bench clean
 

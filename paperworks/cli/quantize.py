@@ -109,7 +109,9 @@ def _grouped(format: WeightFormat, model: Any, options: Options) -> WeightFormat
 
     if options.group == 0:
         if not isinstance(format, Uniform):
-            raise ValueError(f"{options.format} has no choice of group")
+            raise ValueError(
+                f"--group 0 asks for one scale a row, which {options.format} does not have: leave --group out"
+            )
         return replace(format, group=None)
     if options.group or not isinstance(format, Uniform) or format.group is None:
         return format

@@ -32,6 +32,7 @@ def smollm2(lab: Lab, smoke_depth: int = 1) -> DecoderModel:
     """
     if lab.scale != "smoke":
         return api.load("smollm2", device=lab.device)
+    lab.text("In this smoke run", "random weights stand in for SmolLM2: it shows that the code runs, and nothing more")
     return stand_in(smoke_depth, lab.seed).to(lab.device)
 
 

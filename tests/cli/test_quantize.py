@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
         (("--format", "gptq"), "gptq learns from data: give --calibration FILE"),
         (("--format", "nf4", "--bits", "4"), "nf4 has no choice of bits; it offers block"),
         (("--format", "gptq", "--bits", "9", "--calibration", "text.txt"), "bits must be 2 to 8, got 9"),
-        (("--format", "nf4", "--group", "0"), "nf4 has no choice of group"),
+        (("--format", "nf4", "--group", "0"), "which nf4 does not have: leave --group out"),
         (("--format", "gpqt"), "did you mean 'gptq'"),
         (("--format", "rtn", "--group", "24"), "does not divide a row of 32 inputs; these do"),
         (("--format", "gptq", "--group", "16", "--calibration", "empty.txt"), "is empty"),
