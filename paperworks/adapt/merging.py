@@ -1,6 +1,7 @@
 """Adding adapters to the weights they adapt, in whatever format those are stored, and measuring what that loses."""
 
 import copy
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,20 +41,24 @@ def fold(model: nn.Module, *, lossy: bool = False) -> None:
     tied = _tied(model, layers)
     if tied:
         raise ValueError("merging would change another layer too: " + "; ".join(tied))
-    errors = {path: _error(layer) for path, layer in layers.items()}  # on copies: what fails, fails before any change
-    lost = {path: (error, size) for path, (error, size) in errors.items() if not error <= size}  # NaN is lost, too
+    trials = {path: _try(layer) for path, layer in layers.items()}  # on copies: what fails, fails before any change
+    lost = {path: trial for path, trial in trials.items() if not trial.error <= trial.size}  # NaN is lost, too
     if lost and not lossy:
         listing = "\n  ".join(
-            f"{path}: rounding error {error:.4g}, adapter {size:.4g}" for path, (error, size) in lost.items()
+            f"{path}: rounding error {trial.error:.4g}, adapter {trial.size:.4g}" for path, trial in lost.items()
         )
         raise ValueError(
             f"the base's format rounds the adapter away on {len(lost)} of {len(layers)} layers (Frobenius norms):\n"
             f"  {listing}\nDecode the base to plain weights first (compress.decompress), or pass lossy=True"
         )
-    for layer in layers.values():
-        wanted, size = _wanted(layer)
-        if size > 0:  # an adapter that adds nothing must not make the format round once more
-            write_weight(layer.base, wanted.to(weight_of(layer.base).dtype))
+    for path, layer in layers.items():
+        if trials[path].size == 0:  # an adapter that adds nothing must not make the format round once more
+            continue
+        if trials[path].stored:
+            for name, tensor in trials[path].stored.items():
+                setattr(layer.base, name, tensor)
+        else:
+            write_weight(layer.base, _wanted(layer)[0].to(weight_of(layer.base).dtype))
 
 
 @torch.no_grad()
@@ -62,8 +67,19 @@ def merge_error(model: nn.Module) -> dict[str, float]:
 
     0 is exact; above 1 the format's rounding is larger than the adapter, and `merge` refuses.
     """
-    errors = {path: _error(layer) for path, layer in some(model).items() if layer.in_use}
-    return {path: error / size if size else 0.0 for path, (error, size) in errors.items()}
+    trials = {path: _try(layer) for path, layer in some(model).items() if layer.in_use}
+    return {path: trial.error / trial.size if trial.size else 0.0 for path, trial in trials.items()}
+
+
+class _Trial(NamedTuple):
+    """Norms of what storing the merged weight loses and of the change; and what a format stored, to be kept.
+
+    A plain layer's copy is as large as the layer, and written again in no time: it is not kept.
+    """
+
+    error: float
+    size: float
+    stored: dict[str, Tensor]
 
 
 def _wanted(layer: AdaptedLinear) -> tuple[Float[Tensor, "out_features in_features"], float]:
@@ -75,14 +91,15 @@ def _wanted(layer: AdaptedLinear) -> tuple[Float[Tensor, "out_features in_featur
     return weight.to(wide) + change, change.norm().item()
 
 
-def _error(layer: AdaptedLinear) -> tuple[float, float]:
-    """Return the norm of what storing the merged weight loses, and the norm of the change; on a copy of the base."""
+def _try(layer: AdaptedLinear) -> _Trial:
+    """Merge on a copy of the base."""
     wanted, size = _wanted(layer)
     if size == 0:
-        return 0.0, 0.0
-    trial = copy.deepcopy(layer.base)
-    write_weight(trial, wanted.to(weight_of(trial).dtype))
-    return (weight_of(trial).to(wanted.dtype) - wanted).norm().item(), size
+        return _Trial(0.0, 0.0, {})
+    copied = copy.deepcopy(layer.base)
+    write_weight(copied, wanted.to(weight_of(copied).dtype))
+    error = (weight_of(copied).to(wanted.dtype) - wanted).norm().item()
+    return _Trial(error, size, dict(copied.named_buffers()) if hasattr(copied, "encode_weight") else {})
 
 
 def _tied(model: nn.Module, layers: dict[str, AdaptedLinear]) -> list[str]:

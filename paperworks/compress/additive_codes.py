@@ -165,3 +165,22 @@ def beam_search(
             error[..., block] += step
             slope = slope + step @ curvature
     return held[losses.argmin(0), torch.arange(rows, device=codes.device)]
+
+
+def search_apart(
+    weight: Float[Tensor, "rows columns"],
+    codebooks: Float[Tensor, "codebooks entries group"],
+    scales: Float[Tensor, " rows"],
+    codes: Int[Tensor, "rows groups codebooks"],
+    beam: int = 1,
+) -> Int[Tensor, "rows groups codebooks"]:
+    """`beam_search` for H = I, where no group has a say in another's codes: all of them are searched at once."""
+    size = codebooks.shape[2]
+    same = torch.eye(size, dtype=weight.dtype, device=weight.device)
+    parts = zip(
+        weight.reshape(-1, size).split(_CHUNK),
+        scales.repeat_interleave(codes.shape[1]).split(_CHUNK),
+        codes.reshape(-1, 1, codes.shape[2]).split(_CHUNK),
+        strict=True,
+    )
+    return torch.cat([beam_search(part, same, codebooks, s, held, beam) for part, s, held in parts]).view(codes.shape)

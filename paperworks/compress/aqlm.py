@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from paperworks.compress.additive_codes import beam_search, cluster, reconstruct, tune_values
+from paperworks.compress.additive_codes import beam_search, cluster, reconstruct, search_apart, tune_values
 from paperworks.compress.format import Stored, WeightFormat, check_weight
 from paperworks.compress.packing import pack_codes, packed_bytes, unpack_codes
 from paperworks.compress.statistics import Statistics
@@ -110,10 +110,9 @@ class AQLM(WeightFormat):
         """Search the codes again, with the codebooks and scales as they are and all inputs alike."""
         check_weight(weight, "AQLM")
         codes = self.unpack(stored["codes"], (weight.shape[0], weight.shape[1])).long()
-        moment = torch.eye(weight.shape[1], device=weight.device)
         books, scales = stored["codebooks"].float(), stored["scales"].float()
         for _ in range(3):  # with M codebooks one search is not yet at rest
-            before, codes = codes, beam_search(weight.float(), moment, books, scales, codes, self.beam)
+            before, codes = codes, search_apart(weight.float(), books, scales, codes, self.beam)
             if torch.equal(codes, before):
                 break
         return stored | {"codes": self.pack(codes)}

@@ -135,6 +135,20 @@ def test_merging_an_adapter_that_adds_nothing_does_not_round_the_base_again():
     assert torch.equal(weight_of(model[0]), before)
 
 
+def test_merging_encodes_a_layer_once(monkeypatch):
+    model = compress.apply(network(), compress.NF4(block=8), targets="2")
+    randomize(adapt.apply(model, adapt.LoRA(rank=2), "*"), std=1.0)
+    calls = []
+    encode = compress.NF4.reencode
+    monkeypatch.setattr(compress.NF4, "reencode", lambda *rest: calls.append(0) or encode(*rest))
+    expected = model[2].base.format.decode(
+        encode(model[2].base.format, weight_of(model[2]), model[2].base.stored), (model[2].base.shape)
+    )
+    adapt.merge(model, lossy=True)
+    assert calls == [0]
+    assert torch.equal(weight_of(model[2]), expected)
+
+
 def test_a_tied_weight_is_not_merged_into():
     model = network()
     model.append(nn.Linear(12, 16))

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from paperworks.compress.additive_codes import beam_search, cluster, k_means, nearest_entry, reconstruct, tune_values
+from paperworks.compress.additive_codes import (
+    beam_search,
+    cluster,
+    k_means,
+    nearest_entry,
+    reconstruct,
+    search_apart,
+    tune_values,
+)
 from paperworks.compress.aqlm import AQLM
 from paperworks.compress.ldlq import proxy_loss
 from paperworks.compress.linear import CompressedLinear
@@ -209,3 +217,18 @@ def test_wrong_use_says_what_to_do():
         tune_block(plain, [x], [torch.zeros(2, 4)], lambda index, x: plain(x))
     with pytest.raises(ValueError, match="as many inputs as targets"):
         tune_block(plain, [x], [], lambda index, x: plain(x))
+
+
+@pytest.mark.parametrize("beam", (1, 3))
+def test_groups_searched_at_once_get_the_codes_of_groups_searched_in_turn(beam):
+    books, codes, scales = random_state()
+    weight, same = normal(6, 20), torch.eye(20, dtype=torch.float64)
+    at_once = search_apart(weight, books, scales, codes, beam)
+    in_turn = [
+        beam_search(weight[:, columns], same[:4, :4], books, scales, codes[:, group : group + 1], beam)
+        for group, columns in enumerate(torch.arange(20).split(4))
+    ]
+    assert torch.equal(at_once, torch.cat(in_turn, 1))
+    assert not torch.equal(at_once, codes)
+    if beam == 1:
+        assert torch.equal(at_once, beam_search(weight, same, books, scales, codes))
