@@ -219,7 +219,7 @@ def test_wrong_use_says_what_to_do():
         tune_block(plain, [x], [], lambda index, x: plain(x))
 
 
-@pytest.mark.parametrize("beam", (1, 3))
+@pytest.mark.parametrize("beam", [1, 3])
 def test_groups_searched_at_once_get_the_codes_of_groups_searched_in_turn(beam):
     books, codes, scales = random_state()
     weight, same = normal(6, 20), torch.eye(20, dtype=torch.float64)
