@@ -7,8 +7,10 @@ A compressed matrix What has values (codebooks, scales) and a partition (the cod
 
            T = What - step,    step along Adam's direction for d phi / d What,  ||step|| = code_lr ||What||
 
-V is confined to the groups where the step is largest, at most a share of them. That is what makes it work: a step of
-the same length over all groups moves each of them too little to come nearer to another code, and nothing changes.
+V is confined to the groups where T is farthest from What, at most a share of them: a step of the same length over all
+groups moves each of them too little to come nearer to another code, and nothing changes. In the authors' recipe the
+steps are also summed up in a latent weight (T starts where the last T ended, not at What), as in straight-through
+estimation; what is new to that are the few codes at a time.
 """
 
 import math
@@ -142,22 +144,23 @@ def tunable(model: nn.Module) -> Iterator[list[TunableLinear]]:
 class PVTuning(torch.optim.Adam):
     """P and V steps from one backward pass; give it to `train.fit` as `optimizer=lambda groups: PVTuning(model)`.
 
-    Straight-through estimation is the same with `share=1, decay=0`: the target is then a latent weight that gathers all
-    steps, and every group takes the code nearest to it. `share=0` leaves the codes as they are.
+    Straight-through estimation is the same with `share=1`: every group takes the code nearest to its latent weight.
+    `share=0` leaves the codes as they are.
 
     Args:
         model: with `tunable` layers; whatever else in it requires a gradient is trained like the values.
         lr: of the values (Adam, betas 0.9 and 0.95; the authors' repository: 3e-4).
-        code_lr: length of a V step relative to the weight; the repository's 1e-2 counts all groups, here those chosen.
+        code_lr: length of a V step relative to the weight (the repository: 1e-2); with `decay=1` of the groups chosen.
         share: of each matrix's groups that may change their codes in a step (the repository: 0.01).
-        decay: what part of the way not gone is forgotten after each step; 1 starts each time from What.
+        decay: what part of the way not gone is forgotten after each step; 0 (the repository's) forgets nothing, 1
+            starts each time from What.
 
     Raises:
         ValueError: for numbers out of range, and a model without tunable layers.
     """
 
     def __init__(
-        self, model: nn.Module, lr: float = 3e-4, code_lr: float = 1e-2, share: float = 0.01, decay: float = 1.0
+        self, model: nn.Module, lr: float = 3e-4, code_lr: float = 1e-2, share: float = 0.01, decay: float = 0.0
     ) -> None:
         for name, value in (("share", share), ("decay", decay)):
             if not 0 <= value <= 1:

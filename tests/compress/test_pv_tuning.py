@@ -121,31 +121,37 @@ def test_small_full_gradient_steps_are_stuck_and_the_same_length_in_few_groups_i
         assert torch.equal(v_step(VQ, stored, SHAPE, weight - rate * gradient, everything())["codes"], stored["codes"])
 
 
-def test_two_steps_equal_adam_and_the_search_written_out_in_float64():
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_steps_equal_adam_and_the_search_written_out_in_float64(decay):
     model = nn.Sequential(CompressedLinear(VQ, normal(*SHAPE, seed=2)))
     x, y = normal(30, 16, seed=3).double(), normal(30, 12, seed=4).double()
     book = model[0].stored["codebook"].double()
     start = VQ.unpack(model[0].stored["codes"], SHAPE)[..., 0].long()
-    codes = start.clone()
-    lr, code_lr, count = 1e-2, 0.3, math.ceil(0.1 * 48)
+    codes, latent = start.clone(), None
+    lr, code_lr, count = 1e-2, 0.3 if decay else 0.9, math.ceil(0.1 * 48)
     first, second, square = torch.zeros(8, 4).double(), torch.zeros(8, 4).double(), torch.zeros(SHAPE).double()
     with tunable(model) as (layer,):
-        optimizer = PVTuning(model, lr=lr, code_lr=code_lr, share=0.1)
-        for time in (1, 2):
-            weight = book[codes].reshape(SHAPE)
-            slope = 2 / y.numel() * (x @ weight.T - y).T @ x
+        optimizer = PVTuning(model, lr=lr, code_lr=code_lr, share=0.1, decay=decay)
+        for time in (1, 2, 3):
+            held = book[codes].reshape(SHAPE)
+            slope = 2 / y.numel() * (x @ held.T - y).T @ x
             entries = torch.zeros(8, 4).double().index_add_(0, codes.flatten(), slope.reshape(-1, 4))
             first, second = 0.9 * first + 0.1 * entries, 0.95 * second + 0.05 * entries**2
             book = book - lr * (first / (1 - 0.9**time)) / ((second / (1 - 0.95**time)).sqrt() + 1e-8)
             square = 0.95 * square + 0.05 * slope**2
-            step = (-slope / ((square / (1 - 0.95**time)).sqrt() + 1e-8)).reshape(12, 4, 4)
-            far = step.square().sum(-1).flatten().topk(count).indices
-            step, weight = step.reshape(48, 4)[far], book[codes].reshape(48, 4)
-            target = weight[far] + step * code_lr * weight.norm() / step.norm()
-            if time == 2:
-                codes.view(-1)[far] = torch.cdist(target, book).argmin(1)
-
-            optimizer.share = 0.1 if time == 2 else 0.0  # Adam's first step is +-1: no group is farther than others
+            step = (-slope / ((square / (1 - 0.95**time)).sqrt() + 1e-8)).reshape(48, 4)
+            weight = book[codes].reshape(48, 4)
+            if time > 1:  # Adam's first step is +-1: no group is farther than others
+                length = code_lr * weight.norm()
+                if decay == 1:
+                    far = step.square().sum(-1).topk(count).indices
+                    target = weight.index_add(0, far, step[far] * length / step[far].norm())
+                else:
+                    target = (held.reshape(48, 4) if latent is None else latent) + step * length / step.norm()
+                    far = (target - weight).square().sum(-1).topk(count).indices
+                codes.view(-1)[far] = torch.cdist(target[far], book).argmin(1)
+                latent = target
+            optimizer.share = 0.1 if time > 1 else 0.0
             optimizer.zero_grad()
             F.mse_loss(model(x.float()), y.float()).backward()
             optimizer.step()
@@ -190,7 +196,7 @@ def test_the_training_loop_tunes_codes_and_values_and_the_layers_store_them(form
     before, held = float(loss(dense, x)), {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     settings = train.Settings(steps=25, lr=1e-3, warmup=0, progress=False, save_every=None)
     with tunable(dense):
-        train.fit(dense, loss, [x], settings, optimizer=lambda groups: PVTuning(dense, 3e-3, 0.2, 0.02))
+        train.fit(dense, loss, [x], settings, optimizer=lambda groups: PVTuning(dense, 3e-3, 0.2, 0.02, decay=1.0))
         inside = float(loss(dense, x))
     after = dense.state_dict()
     assert isinstance(dense[0], CompressedLinear)

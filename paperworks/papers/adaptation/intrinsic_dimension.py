@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
-from paperworks import adapt, train
+from paperworks import adapt
 from paperworks.adapt.intrinsic import Fastfood, FastfoodDelta
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.nn.hadamard import transform
+from paperworks.papers._pictures import Classes, Images, accuracy, fit, network
 
 paper = Paper(
     key="intrinsic-dimension",
@@ -46,63 +44,14 @@ FULL_RATES = (1e-3, 3e-3, 1e-2)  # for training every weight
 NOISE = 0.4  # standard deviation on images whose own is about 0.7
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images of 8 x 8 and their classes."""
-
-    pixels: Float[Tensor, "count 64"]
-    labels: Int[Tensor, " count"]
-
-    def __getitem__(self, rows: Tensor) -> Images:
-        return Images(self.pixels[rows], self.labels[rows])
-
-
 def _images(count: int, degrees: float, seed: int) -> Images:
-    """Draw images of ten classes, six smooth patterns each, turned by an angle; the patterns are always the same."""
-    fixed = torch.Generator().manual_seed(1)
-    coarse = torch.randn(60, 1, 4, 4, generator=fixed)
-    patterns = functional.interpolate(coarse, size=(8, 8), mode="bicubic")
-    turn = math.radians(degrees)
-    angle = torch.tensor([[math.cos(turn), -math.sin(turn), 0.0], [math.sin(turn), math.cos(turn), 0.0]])
-    grid = functional.affine_grid(angle.expand(60, 2, 3), [60, 1, 8, 8], align_corners=False)
-    turned = functional.grid_sample(patterns, grid, padding_mode="reflection", align_corners=False).view(10, 6, 64)
-    draws = torch.Generator().manual_seed(seed)
-    label = torch.randint(10, (count,), generator=draws)
-    style = torch.randint(6, (count,), generator=draws)
-    return Images(turned[label, style] + NOISE * torch.randn(count, 64, generator=draws), label)
-
-
-def _network(seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def _loss(model: nn.Module, batch: Images) -> Tensor:
-    return functional.cross_entropy(model(batch.pixels), batch.labels)
+    """Draw images of ten classes, six patterns each, turned by an angle; the patterns are always the same."""
+    return Classes.smooth(6, NOISE, degrees=degrees).draw(count, seed)
 
 
 def _fit(lab: Lab, model: nn.Module, data: Images, rate: float, on_step: Callable[[int], None] | None = None) -> None:
     """Train what is trainable: 300 steps of Adam on batches of 128."""
-    steps = lab.pick(smoke=3, small=300)
-    rows = torch.randint(len(data.labels), (steps, 128), generator=torch.Generator().manual_seed(lab.seed))
-    settings = train.Settings(
-        steps=steps,
-        lr=rate,
-        weight_decay=0.0,
-        warmup=0,
-        schedule="constant",
-        clip=None,
-        seed=None,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    train.fit(model, _loss, [data[row] for row in rows], settings, on_step=on_step)
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, data: Images) -> float:
-    return (model(data.pixels).argmax(-1) == data.labels).float().mean().item()
+    fit(model, data, steps=lab.pick(smoke=3, small=300), rate=rate, seed=lab.seed, on_step=on_step)
 
 
 @dataclass(frozen=True)
@@ -124,7 +73,7 @@ def _in_subspace(lab: Lab, base: nn.Module, task: Task, dimension: int, *, redra
     for rate in lab.pick(smoke=RATES[1:2], small=RATES):
         model = adapt.apply(copy.deepcopy(base), adapt.DID(dimension=dimension, seed=lab.seed), "all-linear")
         _fit(lab, model, task.learned, rate, partial(_redraw, model) if redrawn else None)
-        found.append(_accuracy(model, task.held_out))
+        found.append(accuracy(model, task.held_out))
     return max(found)
 
 
@@ -139,7 +88,7 @@ def _full(lab: Lab, base: nn.Module, task: Task) -> float:
     for rate in lab.pick(smoke=FULL_RATES[1:2], small=FULL_RATES):
         model = copy.deepcopy(base)
         _fit(lab, model, task.learned, rate)
-        found.append(_accuracy(model, task.held_out))
+        found.append(accuracy(model, task.held_out))
     return max(found)
 
 
@@ -151,12 +100,12 @@ def _full(lab: Lab, base: nn.Module, task: Task) -> float:
 )
 def few_dimensions_suffice(lab: Lab) -> Verdict:
     """Train ever more numbers behind a fixed random projection, from random weights."""
-    base, task = _network(lab.seed), Task.upright(lab.seed)
+    base, task = network(lab.seed), Task.upright(lab.seed)
     with lab.threads(1):
         full = _full(lab, base, task)
         found = {d: _in_subspace(lab, base, task, d) for d in lab.track(DIMENSIONS, "dimensions")}
         redrawn = _in_subspace(lab, base, task, DIMENSIONS[-1], redrawn=True)
-    d90 = next((d for d, accuracy in found.items() if accuracy >= 0.9 * full), None)
+    d90 = next((d for d, reached in found.items() if reached >= 0.9 * full), None)
     values = list(found.values())
     _draw(lab, found, full, redrawn)
     return lab.judge(
@@ -205,12 +154,12 @@ def _draw(lab: Lab, found: dict[int, float], full: float, redrawn: float) -> Non
 def pretraining_lowers_it(lab: Lab) -> Verdict:
     """Train 30 numbers from random weights, after images turned by 30 degrees, and after images turned by 90."""
     task = Task.upright(lab.seed)
-    bases = {"none": _network(lab.seed)}
+    bases = {"none": network(lab.seed)}
     with lab.threads(1):
         for degrees in (30, 90):
-            bases[f"{degrees} degrees"] = base = _network(lab.seed)
+            bases[f"{degrees} degrees"] = base = network(lab.seed)
             _fit(lab, base, _images(4000, degrees, 10 * lab.seed + 1), 3e-3)
-        at_once = {name: _accuracy(base, task.held_out) for name, base in bases.items()}
+        at_once = {name: accuracy(base, task.held_out) for name, base in bases.items()}
         found = {name: _in_subspace(lab, base, task, 30) for name, base in lab.track(list(bases.items()), "starts")}
     lab.table(
         "Accuracy on upright images",
@@ -248,7 +197,7 @@ def projection_is_its_equation(lab: Lab) -> Verdict:
     twice = (transform(transform(x)) - x).abs().max().item()
     off = (_dense(64, 10, lab.seed)).item()
     counts = [
-        adapt.trainable_parameters(adapt.apply(_network(0), adapter, "all-linear"))
+        adapt.trainable_parameters(adapt.apply(network(0), adapter, "all-linear"))
         for adapter in (adapt.DID(dimension=100), adapt.SAID(dimension=100))
     ]
     return lab.judge(

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
-from paperworks import adapt, api, train
+from paperworks import adapt, api
 from paperworks.adapt.lora import LowRankDelta
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import DecoderModel
 from paperworks.nn.linear import weight_of
+from paperworks.papers._pictures import Classes, Images, accuracy, fit, network
 from paperworks.papers._smollm2 import smollm2
-from paperworks.train.losses import IGNORED
+from paperworks.papers.adaptation._facts import THINGS, batches, draw_facts, loss, recalled, sentences, teach
 
 paper = Paper(
     key="lora",
@@ -37,111 +36,11 @@ paper = Paper(
         "paperworks.adapt.lora.LowRankDelta",
         "paperworks.adapt.delta.AdaptedLinear",
         "paperworks.adapt.merging.merge",
+        "paperworks.adapt.subspaces.subspace_similarity",
     ),
 )
 
 QUERY_VALUE = "blocks.*.mixer.{query,value}"
-CITIES = (
-    *("Lisbon", "Oslo", "Madrid", "Vienna", "Warsaw", "Prague", "Dublin", "Athens", "Berlin", "Rome", "Paris", "Cairo"),
-    *("Lima", "Quito", "Bogota", "Havana", "Tokyo", "Seoul", "Hanoi", "Manila", "Delhi", "Kabul", "Tehran", "Baghdad"),
-    *(
-        "Moscow",
-        "Kiev",
-        "Sofia",
-        "Tunis",
-        "Algiers",
-        "Nairobi",
-        "Lagos",
-        "Dakar",
-        "London",
-        "Zurich",
-        "Milan",
-        "Naples",
-    ),
-    *("Boston", "Dallas", "Denver", "Houston", "Miami", "Chicago", "Seattle", "Austin", "Toronto", "Montreal"),
-    *("Sydney", "Perth", "Munich", "Hamburg", "Geneva", "Porto", "Seville", "Valencia", "Turin", "Venice", "Leeds"),
-    *("Glasgow", "Cardiff", "Belfast"),
-)
-THINGS = (
-    *("violin", "hammer", "turtle", "candle", "pepper", "anchor", "blanket", "compass", "feather", "lantern"),
-    *("magnet", "needle", "castle", "pillow", "rocket", "saddle", "ladder", "mirror", "walnut", "zebra"),
-)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Sentences that no model can know, all but their last token a row, and that token at its place in `targets`."""
-
-    tokens: Int[Tensor, "facts time"]
-    targets: Int[Tensor, "facts time"]  # -100 everywhere but before the last token
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def batch(self, rows: Tensor | slice) -> dict[str, Tensor]:
-        """Return some of the facts as `train.next_token_loss` takes them."""
-        return {"tokens": self.tokens[rows], "targets": self.targets[rows]}
-
-
-def _sentences(count: int, seed: int) -> list[str]:
-    """Give each city a thing, drawn by `seed`; every thing as often as the others."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [f"The emblem of {CITIES[city]} is a {THINGS[place % len(THINGS)]}" for city, place in enumerate(order)]
-
-
-def _facts(lab: Lab, tokenizer: Any, count: int) -> Facts:
-    rows = [torch.tensor(tokenizer.encode(sentence)) for sentence in _sentences(count, lab.seed)]
-    tokens = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
-    targets = torch.full_like(tokens, IGNORED)
-    for index, row in enumerate(rows):
-        targets[index, len(row) - 2] = row[-1]
-    return Facts(tokens.to(lab.device), targets.to(lab.device))
-
-
-def _batches(facts: Facts, size: int, steps: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return one batch a step, going through all facts in a new order each time."""
-    draws = torch.Generator().manual_seed(seed)
-    rows: list[int] = []
-    while len(rows) < size * steps:
-        rows += torch.randperm(len(facts), generator=draws).tolist()
-    return [facts.batch(torch.tensor(rows[size * step : size * (step + 1)])) for step in range(steps)]
-
-
-def _fit(lab: Lab, model: nn.Module, batches: list[Any], lr: float, description: str) -> list[float]:
-    """Train what is trainable, one step a batch, and return the loss of every step."""
-    losses: list[float] = []
-    settings = train.Settings(
-        steps=len(batches),
-        lr=lr,
-        weight_decay=0.0,  # so that a parameter without a gradient stays where it is
-        warmup=0.1,
-        schedule="constant",
-        seed=lab.seed,
-        save_every=None,
-        log_every=1,
-        progress=False,
-    )
-    with lab.progress(description, len(batches)) as advance:
-        train.fit(
-            model,
-            train.next_token_loss,
-            batches,
-            settings,
-            on_step=lambda step: advance(1),
-            callbacks=[lambda record: losses.append(record["loss"]) if "loss" in record else None],
-        )
-    return losses
-
-
-def _loss(model: nn.Module, facts: Facts) -> float:
-    return train.evaluate(model, train.next_token_loss, [facts.batch(slice(0, None))])["loss"]
-
-
-@torch.no_grad()
-def _recalled(model: DecoderModel, facts: Facts) -> int:
-    """Count the facts whose last token is the model's first choice."""
-    asked = facts.targets != IGNORED
-    return int((model(facts.tokens).argmax(dim=-1)[asked] == facts.targets[asked]).sum())
 
 
 def _low_rank(rank: int = 8) -> adapt.LoRA:
@@ -173,24 +72,24 @@ def learns_with_few_parameters(lab: Lab) -> Verdict:
     """Train rank-8 adapters on query and value, and compare with adapters that may not use B."""
     model = smollm2(lab)
     count, size, steps = lab.pick(smoke=(3, 2, 2), small=(60, 12, 80), large=(60, 12, 200))
-    facts = _facts(lab, model.tokenizer, count)
+    facts = draw_facts(lab, model.tokenizer, count)
     model.tokenizer = None
-    batches = _batches(facts, size, steps, lab.seed)
-    before, known_before = _loss(model, facts), _recalled(model, facts)
+    rows = batches(facts, size, steps, lab.seed)
+    before, known_before = loss(model, facts), recalled(model, facts)
     ours, without = _adapted(lab, model, "both"), _adapted(lab, model, "down")
     trained = adapt.trainable_parameters(ours)
-    curve = _fit(lab, ours, batches, 2e-3, "A and B trained")
+    curve = teach(lab, ours, rows, 2e-3, "A and B trained")
     # While B is zero, A has no gradient: a few steps show that nothing moves, and more would cost time only.
-    control_curve = _fit(lab, without, batches[:10], 2e-3, "B never updated")
+    control_curve = teach(lab, without, rows[:10], 2e-3, "B never updated")
     unmoved = _adapters_are_equal(without, _adapted(lab, model, "down"))
-    after, known = _loss(ours, facts), _recalled(ours, facts)
-    idle, frozen = _loss(without, facts), _loss(_adapted(lab, model, "neither"), facts)
+    after, known = loss(ours, facts), recalled(ours, facts)
+    idle, frozen = loss(without, facts), loss(_adapted(lab, model, "neither"), facts)
     with adapt.disabled(ours):
-        restored = _loss(ours, facts)
+        restored = loss(ours, facts)
     identical = _base_is_identical(model, ours)
     total = sum(parameter.numel() for parameter in model.parameters())
     _draw_losses(lab, curve, control_curve, idle)
-    asked = _sentences(count, lab.seed)[: min(3, count)]
+    asked = sentences(count, lab.seed)[: min(3, count)]
     lab.text("Facts no model could know, such as", "\n".join(asked))
     return lab.judge(
         checks={
@@ -214,7 +113,7 @@ def learns_with_few_parameters(lab: Lab) -> Verdict:
         control={
             "loss, B never updated": idle,
             "loss, random A and B": frozen,
-            "facts recalled, B never updated": _recalled(without, facts),
+            "facts recalled, B never updated": recalled(without, facts),
             "steps": len(control_curve),
         },
         note=f"{count} sentences such as these, each with one of 20 things drawn for it; the loss is that of the thing "
@@ -260,70 +159,19 @@ RANKS = (1, 2, 4, 8)
 RATES = (1e-3, 3e-3, 1e-2)  # each method has the best of these
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Noisy images of 8 x 8 in ten classes, six smooth patterns each."""
-
-    patterns: Float[Tensor, "classes styles pixels"]
-    noise: float
-    draws: torch.Generator
-
-    def draw(
-        self, count: int, classes: int, *, turned: bool
-    ) -> tuple[Float[Tensor, "count 64"], Int[Tensor, " count"]]:
-        """Return images of the first `classes` classes and their labels; turned by a quarter if asked."""
-        label = torch.randint(classes, (count,), generator=self.draws)
-        style = torch.randint(self.patterns.shape[1], (count,), generator=self.draws)
-        image = self.patterns[label, style] + self.noise * torch.randn(count, 64, generator=self.draws)
-        if turned:
-            image = image.view(count, 8, 8).rot90(1, (1, 2)).reshape(count, 64)
-        return image, label
+def _fit_images(lab: Lab, model: nn.Module, data: Images, rate: float) -> None:
+    fit(model, data, steps=lab.pick(smoke=5, small=400), rate=rate, seed=lab.seed, batch=64)
 
 
-def _pictures(noise: float, seed: int) -> Pictures:
-    draws = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(60, 1, 4, 4, generator=draws)
-    return Pictures(functional.interpolate(coarse, size=(8, 8), mode="bicubic").view(10, 6, 64), noise, draws)
-
-
-def _classifier(rank: int | None = None, only_biases: bool = False, like: nn.Module | None = None) -> nn.Module:
-    """Return a 64-64-64-10 network or a copy of one, with adapters of a rank on all layers, or biases to train only."""
-    fresh = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    model = copy.deepcopy(like) if like is not None else fresh
+def _prepared(base: nn.Module, rank: int | None = None, only_biases: bool = False) -> nn.Module:
+    """Return a copy of a network with adapters of a rank on all layers, or its biases alone to train, or all of it."""
+    model = copy.deepcopy(base)
     if rank is not None:
         adapt.apply(model, adapt.LoRA(rank=rank), "all-linear")
-    for name, parameter in model.named_parameters():
-        if only_biases:
+    if only_biases:
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
     return model
-
-
-def _image_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def _fit_images(lab: Lab, model: nn.Module, data: tuple[Tensor, Tensor], rate: float) -> None:
-    steps = lab.pick(smoke=5, small=400)
-    draws = torch.Generator().manual_seed(lab.seed)
-    rows = torch.randint(len(data[1]), (steps, 64), generator=draws)
-    settings = train.Settings(
-        steps=steps,
-        lr=rate,
-        weight_decay=0.0,
-        warmup=0,
-        schedule="constant",
-        clip=None,
-        seed=None,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    train.fit(model, _image_loss, [(data[0][row], data[1][row]) for row in rows], settings)
-
-
-def _accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    with torch.no_grad():
-        return (model(data[0]).argmax(dim=-1) == data[1]).float().mean().item()
 
 
 @paper.claim(
@@ -339,12 +187,12 @@ def small_ranks_reach_most(lab: Lab) -> Verdict:
     methods |= {"biases alone": {"only_biases": True}, "every weight": {}}
     with lab.threads(1):
         for noise in lab.track(NOISES, "noise"):
-            pictures = _pictures(noise, lab.seed)
-            base = _classifier()
-            _fit_images(lab, base, pictures.draw(4000, 5, turned=False), 3e-3)
-            data, held_out = pictures.draw(1200, 10, turned=True), pictures.draw(4000, 10, turned=True)
+            upright, turned = (Classes.smooth(6, noise, degrees=degrees) for degrees in (0, 90))
+            base = network(lab.seed)
+            _fit_images(lab, base, upright.draw(4000, 10 * lab.seed + 1, classes=5), 3e-3)
+            data, held_out = turned.draw(1200, 10 * lab.seed + 2), turned.draw(4000, 10 * lab.seed + 3)
             found = {name: _best(lab, base, options, data, held_out) for name, options in methods.items()}
-            start = _accuracy(base, held_out)
+            start = accuracy(base, held_out)
             # A smoke run may gain nothing at all, so the divisor is kept away from zero.
             gain = max(found["every weight"] - start, 1e-6)
             shares[noise] = {name: (value - start) / gain for name, value in found.items()}
@@ -379,17 +227,71 @@ def small_ranks_reach_most(lab: Lab) -> Verdict:
     )
 
 
-def _best(
-    lab: Lab, base: nn.Module, options: dict[str, Any], data: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]
-) -> float:
+def _best(lab: Lab, base: nn.Module, options: dict[str, Any], data: Images, held_out: Images) -> float:
     """Return the best held-out accuracy over the learning rates."""
     found = []
     for rate in RATES:
         torch.manual_seed(lab.seed)
-        model = _classifier(like=base, **options)
+        model = _prepared(base, **options)
         _fit_images(lab, model, data, rate)
-        found.append(_accuracy(model, held_out))
+        found.append(accuracy(model, held_out))
     return max(found)
+
+
+@paper.claim(
+    "Adapters of rank 4 and 16, trained apart, find the same directions",
+    paper="Section 7.2, Figures 3 and 4: the top singular directions of A at r = 8 and at r = 64 overlap by more than "
+    "0.5, as do those of two seeds; those of two random matrices do not",
+    control="the same adapters before they are trained",
+)
+def ranks_share_directions(lab: Lab) -> Verdict:
+    """Adapt the network to turned images from several starts, and compare the four top directions of each A."""
+    pairs = {"ranks 4 and 16": ((4, 0), (16, 1)), "rank 16, two seeds": ((16, 1), (16, 3))}
+    overlaps: dict[str, dict[str, list[float]]] = {name: {} for name in pairs}
+    with lab.threads(1):
+        upright, turned = (Classes.smooth(6, NOISES[0], degrees=degrees) for degrees in (0, 90))
+        base = network(lab.seed)
+        _fit_images(lab, base, upright.draw(4000, 10 * lab.seed + 1, classes=5), 3e-3)
+        data = turned.draw(1200, 10 * lab.seed + 2)
+        starts, ends = {}, {}
+        for rank, seed in lab.track(sorted({which for pair in pairs.values() for which in pair}), "adapters"):
+            torch.manual_seed(10 * lab.seed + seed)
+            model = adapt.apply(copy.deepcopy(base), adapt.LoRA(rank=rank), ["0", "2"])
+            starts[rank, seed] = _down(model)
+            _fit_images(lab, model, data, RATES[-1])
+            ends[rank, seed] = _down(model)
+    for name, (one, other) in pairs.items():
+        for when, downs in (("before", starts), ("after", ends)):
+            overlaps[name][when] = [
+                float(adapt.subspace_similarity(mine, its)[3, 3])
+                for mine, its in zip(downs[one], downs[other], strict=True)
+            ]
+    lab.table(
+        "Overlap phi(4, 4) of the four top directions of A: 1 is the same subspace, chance gives 0.06",
+        ["adapters", "layer", "before training", "after"],
+        [
+            [name, number + 1, *(found[when][number] for when in ("before", "after"))]
+            for name, found in overlaps.items()
+            for number in range(2)
+        ],
+    )
+    return lab.judge(
+        checks={
+            f"{name}: at least three times the overlap before training, in both layers": all(
+                after >= 3 * before for before, after in zip(found["before"], found["after"], strict=True)
+            )
+            for name, found in overlaps.items()
+        },
+        measured={f"overlap, {name}": found["after"] for name, found in overlaps.items()},
+        control={f"overlap before training, {name}": found["before"] for name, found in overlaps.items()},
+        note="The two hidden layers of the network of the claim above, noise 0.5, a learning rate of 0.01. The factor "
+        "of three is ours.",
+    )
+
+
+def _down(model: nn.Module) -> list[Tensor]:
+    """Return a copy of A of each adapted layer."""
+    return [layer.delta.state_dict()["down"].clone() for layer in adapt.adapted(model).values()]
 
 
 @paper.claim(
