@@ -185,7 +185,7 @@ def _draw(lab: Lab, found: dict[str, Trained], dense: float) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_title("Held-out accuracy at one bit a weight, same steps for all that is trained")
+        axes.set_title("Held-out accuracy at one bit a weight, equal steps")
 
 
 @paper.claim(
