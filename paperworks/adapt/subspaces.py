@@ -15,10 +15,11 @@ def subspace_similarity(
     they are orthogonal; max(i, j) / columns is what random ones have in the mean.
 
     Raises:
-        ValueError: for matrices of different width, and for NaN or infinity.
+        ValueError: for what is no matrix, matrices of different width, and NaN or infinity.
     """
-    if one.shape[1] != other.shape[1]:
-        raise ValueError(f"both need the same number of columns to be compared: {one.shape[1]} and {other.shape[1]}")
+    if one.dim() != 2 or other.dim() != 2 or one.shape[1] != other.shape[1]:
+        shapes = f"{tuple(one.shape)} and {tuple(other.shape)}"
+        raise ValueError(f"two matrices with the same number of columns can be compared, got shapes {shapes}")
     bases = []
     for matrix in (one, other):
         if not bool(torch.isfinite(matrix).all()):

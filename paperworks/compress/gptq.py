@@ -22,10 +22,10 @@ class GPTQ(Uniform):
     of whole rows (`group=None`) at the start. An input that was zero in all of calibration is rounded to nearest, where
     the authors' code sets its weights to zero: the data say nothing of it either way.
 
-    Language models' heads look at the first token of a sequence, one of hundreds in the second moment, and errors are
-    moved to what is rare: counted once, it errs more than with round to nearest. Counted more often, as sequences of
-    its own, it does not: `calibration=[*batches, *(batch[:, :1].repeat(63, 1) for batch in batches)]` (the claim
-    `first_token_pays` of `papers/compression/gptq.py` measures this).
+    Heads of language models look at the first token of a sequence, which is one of hundreds in the second moment, and
+    GPTQ moves errors to what is rare. Sequences of one token count it more often: with
+    `calibration=[*batches, *(batch[:, :1].repeat(63, 1) for batch in batches)]` the perplexity of SmolLM2 at 4 bits, a
+    scale a row and calibrated in one pass, was 28.6 and not 33.2 (rounded to nearest 35.3, as loaded 22.2).
 
     Attributes:
         damping: added to the second moment, in units of its mean diagonal.

@@ -35,7 +35,8 @@ def test_random_subspaces_share_what_chance_gives_them():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="same number of columns to be compared: 40 and 39"):
-        subspace_similarity(draw(2), draw(2, 39))
+    for other, shape in ((draw(2, 39), r"\(2, 39\)"), (draw(2)[0], r"\(40,\)")):
+        with pytest.raises(ValueError, match=r"same number of columns.*got shapes \(2, 40\) and " + shape):
+            subspace_similarity(draw(2), other)
     with pytest.raises(ValueError, match="NaN or infinity"):
         subspace_similarity(draw(2), draw(2) * float("nan"))
