@@ -1,6 +1,6 @@
 """AWQ: inputs that are large get a finer grid (Lin et al. 2023, arXiv:2306.00978)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paperworks.compress.format import Stored, check_weight
 from paperworks.compress.grids import Grid, grid_of_range
+from paperworks.compress.packed import Grids
 from paperworks.compress.statistics import Statistics
 from paperworks.compress.uniform import Uniform
 
@@ -71,6 +72,11 @@ class AWQ(Uniform):
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
         """Return the grid's values over s."""
         return super().decode(stored, shape) / stored["channel_scales"].float()
+
+    def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
+        """Return the grid, with 1 / s on its inputs."""
+        grids = super().grids(stored, shape)
+        return None if grids is None else replace(grids, inputs=1 / stored["channel_scales"].float())
 
     def reencode(self, weight: Float[Tensor, "rows columns"], stored: Stored) -> Stored:
         """Round to nearest with the channel scales held now."""

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from paperworks.compress.packed import Grids
 from paperworks.compress.statistics import Statistics
 from paperworks.nn.spec import Spec
 
@@ -38,6 +39,10 @@ class WeightFormat(Spec):
         """Return the weight that the tensors stand for, in float32; differentiable in the continuous ones."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it decodes")
 
+    def decode_as(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """Return `decode` in another dtype; formats that can do so without the whole in float32 override this."""
+        return self.decode(stored, shape).to(dtype)
+
     def reencode(self, weight: Float[Tensor, "rows columns"], stored: Stored) -> Stored:
         """Store a weight close to the one stored now, without the data: what merging an adapter does.
 
@@ -49,7 +54,14 @@ class WeightFormat(Spec):
         self, x: Float[Tensor, "... columns"], stored: Stored, shape: tuple[int, int]
     ) -> Float[Tensor, "... rows"]:
         """Return x W^T in the dtype of `x`. Formats with an arithmetic of their own (int8, fp8) compute it here."""
-        return F.linear(x, self.decode(stored, shape).to(x.dtype))
+        return F.linear(x, self.decode_as(stored, shape, x.dtype))
+
+    def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
+        """Return the weight as a sum of four-bit grids, for products without decoding (see `packed`), or None.
+
+        May differ from `decode` by as much as bfloat16 would.
+        """
+        return None
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Return the exact storage of a matrix of this shape in bits per weight, scales and codebooks included."""

@@ -1,5 +1,6 @@
 """Four bits a weight with a codebook of 16 values and a scale a block: NF4 (QLoRA, arXiv:2305.14314), FP4, int4."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,12 @@ from paperworks.compress.blockwise import (
     unpack_nibbles,
 )
 from paperworks.compress.format import Stored, WeightFormat, check_weight
+from paperworks.compress.packed import Grids, of_codebook
 from paperworks.compress.statistics import Statistics
+
+# On a CPU a piece stays below 32,768 values, the size from which torch wakes its threads: for such short steps that
+# costs more than it brings, and a piece stays in the cache. Elsewhere one step does everything.
+STEP_VALUES = {"cpu": 31_744}
 
 # Appendix E of the paper: quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 NF4_CODES = (
@@ -60,13 +66,35 @@ class FourBit(WeightFormat):
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
         """Return codebook[code] * scale."""
+        return self.decode_as(stored, shape, torch.float32)
+
+    def decode_as(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """Return the weight in `dtype`, rounded once; only a piece of it is ever in float32."""
         packed = stored["codes"]
+        scales = (decode_scales(stored) if self.double_quantization else stored["scales"])[:, None]
+        pairs, count, rest = _pairs(self.values, packed.device), math.prod(shape), math.prod(shape) % self.block
+        out = torch.empty(len(scales), self.block, dtype=dtype, device=packed.device)
+        step = max(1, STEP_VALUES.get(packed.device.type, count) // self.block)
+        for start in range(0, len(scales), step):
+            piece = slice(start, start + step)
+            bytes_ = packed[start * self.block // 2 : (start + step) * self.block // 2]
+            values = pairs.index_select(0, bytes_.int()).view(torch.float32)
+            if values.numel() % self.block:  # the last block of a matrix that is no whole number of blocks
+                values = torch.cat((values, values.new_zeros(-values.numel() % self.block)))
+            values = values.view(-1, self.block)
+            if dtype == torch.float32:
+                torch.mul(values, scales[piece], out=out[piece])
+            else:
+                out[piece] = values.mul_(scales[piece])
+        return (out.flatten()[:count] if rest else out).view(shape)
+
+    def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
+        """Return two grids whose sum is within bfloat16's rounding of the codebook; None where blocks cross rows."""
+        if shape[1] % self.block:
+            return None
         scales = decode_scales(stored) if self.double_quantization else stored["scales"]
-        count = shape[0] * shape[1]
-        values = _pairs(self.values, packed.device).index_select(0, packed.int()).view(torch.float32)
-        if values.numel() % self.block:
-            values = torch.cat((values, values.new_zeros(-values.numel() % self.block)))
-        return values.view(-1, self.block).mul_(scales[:, None]).flatten()[:count].view(shape)
+        codes = unpack_nibbles(stored["codes"])[: math.prod(shape)].view(shape)
+        return of_codebook(self.values, codes, scales.view(shape[0], -1))
 
     def _ascending(self, device: torch.device) -> tuple[Tensor, Tensor]:
         values = torch.tensor(self.values, device=device)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from paperworks.compress.ggml_blocks import BLOCKS, BlockFormat, block_format
 from paperworks.compress.ggml_encode import WRITABLE, encode
-from paperworks.compress.ggml_kquants import K_DECODERS
+from paperworks.compress.ggml_kquants import K_DECODERS, q4_k_parts
 
-__all__ = ["BLOCKS", "WRITABLE", "BlockFormat", "block_format", "decode", "encode"]
+__all__ = ["BLOCKS", "WRITABLE", "BlockFormat", "block_format", "decode", "encode", "four_bit_parts"]
 
 _PLAIN = {
     "F32": torch.float32,
@@ -151,6 +151,30 @@ def _q5_1(blocks: Tensor, out: Tensor) -> None:
     _fifth_bits(blocks[:, 4:8], out)
     out.mul_(_half_column(blocks, 0)).add_(_half_column(blocks, 1))
 
+
+def four_bit_parts(raw: UInt8[Tensor, "rows bytes"], type: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return (codes 0..15, scales, minima) of rows of which x = scale code + minimum in groups of 32; else None.
+
+    Codes are (rows, values), the others (rows, values / 32).
+    """
+    if type not in _FOUR_BITS:
+        return None
+    parts = _FOUR_BITS[type](_aligned(raw).view(-1, block_format(type).bytes))
+    codes, scales, minima = (part.reshape(len(raw), -1) for part in parts)
+    return codes, scales, minima
+
+
+def _q4_parts(blocks: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.cat((blocks[:, start:] & 15, blocks[:, start:] >> 4), 1)
+    scale = _half_column(blocks, 0)
+    return codes, scale, _half_column(blocks, 1) if start == 4 else -8 * scale
+
+
+_FOUR_BITS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "Q4_0": lambda blocks: _q4_parts(blocks, 2),
+    "Q4_1": lambda blocks: _q4_parts(blocks, 4),
+    "Q4_K": q4_k_parts,
+}
 
 _DECODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "Q8_0": _q8_0,

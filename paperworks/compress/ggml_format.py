@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from paperworks.compress import ggml
 from paperworks.compress.format import Stored, WeightFormat, check_weight
+from paperworks.compress.packed import Grids
 from paperworks.compress.statistics import Statistics
 from paperworks.errors import unknown
 
@@ -50,6 +52,18 @@ class GGML(WeightFormat):
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
         """Return the weight."""
         return ggml.decode(stored["blocks"], self.kind_for(shape[1])).view(shape)
+
+    def decode_as(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """Return the weight in `dtype`, rounded once, piece by piece."""
+        return ggml.decode(stored["blocks"], self.kind_for(shape[1]), dtype=dtype).view(shape)
+
+    def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
+        """Return the grid of Q4_0, Q4_1 and Q4_K blocks."""
+        parts = ggml.four_bit_parts(stored["blocks"], self.kind_for(shape[1]))
+        if parts is None:
+            return None
+        codes, scales, minima = parts
+        return Grids(codes[None], scales[None], (minima + 8 * scales)[None])
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Return the block's bytes over its values, in bits."""

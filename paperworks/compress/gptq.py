@@ -10,6 +10,7 @@ from torch import Tensor
 from paperworks.compress.feedback import feed_back, upper_factor
 from paperworks.compress.format import Stored, check_weight
 from paperworks.compress.grids import Grid
+from paperworks.compress.packed import Grids
 from paperworks.compress.statistics import Statistics
 from paperworks.compress.uniform import Uniform
 
@@ -77,6 +78,10 @@ class GPTQ(Uniform):
         """Return (code - zero) * scale, in the inputs' own order."""
         decoded = super().decode(stored, shape)
         return decoded if "order" not in stored else decoded[:, torch.argsort(stored["order"].int())]
+
+    def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
+        """Return the grid, unless its codes are kept in another order than the inputs."""
+        return None if "order" in stored else super().grids(stored, shape)
 
     def reencode(self, weight: Float[Tensor, "rows columns"], stored: Stored) -> Stored:
         """Round to nearest, on the scales and in the order held now."""

@@ -72,7 +72,7 @@ class CompressedLinear(nn.Module):
     @torch.no_grad()
     def decoded_weight(self) -> Float[Tensor, "out_features in_features"]:
         """Return the dense weight, in the dtype the layer had before it was compressed."""
-        return self.format.decode(self.stored, self.shape).to(self.compute_dtype)
+        return self.format.decode_as(self.stored, self.shape, self.compute_dtype)
 
     @torch.no_grad()
     def encode_weight(self, weight: Float[Tensor, "out_features in_features"]) -> None:
@@ -87,7 +87,7 @@ class CompressedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         stored = self.stored
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in stored.values()):
-            return F.linear(x, self.format.decode(stored, self.shape).to(x.dtype), bias)
+            return F.linear(x, self.format.decode_as(stored, self.shape, x.dtype), bias)
         if torch.is_grad_enabled() and x.requires_grad:
             out = _DecodedProduct.apply(x, self)
         else:
@@ -120,4 +120,6 @@ class _DecodedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.decoded_weight().to(gradient.dtype), None
+        layer = ctx.layer
+        with torch.no_grad():
+            return gradient @ layer.format.decode_as(layer.stored, layer.shape, gradient.dtype), None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paperworks.compress.format import Stored, WeightFormat, check_weight
 from paperworks.compress.grids import Grid, find_grid
+from paperworks.compress.packed import Grids
 from paperworks.compress.packing import pack_codes, packed_bytes, unpack_codes
 from paperworks.compress.statistics import Statistics
 
@@ -72,6 +73,17 @@ class Uniform(WeightFormat):
         slices = self.slices(self.unpack(stored["codes"], shape[1]))
         centred = slices.float() - self._zeros(stored, len(slices))
         return self._matrix(centred * stored["scales"].float()[:, None], shape).contiguous()
+
+    def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
+        """Return the grid itself, if it has at most four bits and its scales belong to rows."""
+        if self.bits > 4 or self.granularity != "row":
+            return None
+        codes = self.unpack(stored["codes"], shape[1])
+        scales = stored["scales"].float().view(shape[0], -1)
+        zeros = self._zeros(stored, scales.numel())
+        zeros = zeros.view_as(scales) if isinstance(zeros, Tensor) else zeros
+        middle = 2 ** (self.bits - 1)  # brought to the kernel's 8: offsets stay small, and so does their rounding
+        return Grids((codes + (8 - middle))[None], scales[None], (scales * (middle - zeros))[None])
 
     def reencode(self, weight: Float[Tensor, "rows columns"], stored: Stored) -> Stored:
         """Round to nearest on the scales held now; slices that have outgrown theirs get new ones."""

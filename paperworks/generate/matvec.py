@@ -4,6 +4,7 @@ On a CPU torch multiplies a float32 matrix by one vector on one thread, which re
 The same product as a batch of row blocks, one a thread, uses them all, on the same storage and without a copy
 (benchmarks/decode.py prints both rates). Half-precision matrices are read fast for one vector, but where the processor
 has no instructions for their products (see `nn.half_precision`) several vectors are multiplied in float32 and rounded.
+Layers that are stored in four bits are multiplied without being decoded, in bfloat16 (see `compress.packed`).
 Everything else (devices, many rows, gradients, subclasses) takes torch's path.
 """
 
@@ -15,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.compress.linear import CompressedLinear
+from paperworks.compress.packed import pack
 from paperworks.nn.half_precision import has_native_products
 
 MOST_ROWS = 16  # beyond this torch's blocked matrix product is the faster one
@@ -31,13 +34,18 @@ def product(x: Float[Tensor, "rows columns"], weight: Float[Tensor, "out columns
 @contextmanager
 def fast_linears(model: nn.Module) -> Iterator[None]:
     """Let the plain linear layers of `model` use the faster products inside the context; hooks see the same."""
-    swapped = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear and _suits(module.weight) and "forward" not in vars(module)
-    ]
-    for module in swapped:
-        module.forward = _forward(module)  # type: ignore[method-assign, assignment]
+    swapped: list[nn.Module] = []
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        forward = None
+        if type(module) is nn.Linear and _suits(module.weight):
+            forward = _forward(module)
+        elif isinstance(module, CompressedLinear):
+            forward = _packed(module)
+        if forward is not None:
+            module.forward = forward
+            swapped.append(module)
     try:
         yield
     finally:
@@ -67,6 +75,28 @@ def _float32(module: nn.Linear) -> Callable[[Tensor], Tensor]:
             return F.linear(x, weight, bias)
         out = product(x.reshape(rows, columns), weight, blocks).view(*x.shape[:-1], -1)
         return out if bias is None else out.add_(bias)
+
+    return forward
+
+
+def _packed(module: CompressedLinear) -> Callable[[Tensor], Tensor] | None:
+    """A forward pass from four-bit codes, for a layer in bfloat16 on a CPU; None where there is no kernel for it."""
+    if module.compute_dtype != torch.bfloat16 or next(iter(module.stored.values())).device.type != "cpu":
+        return None
+    if any(tensor.requires_grad for tensor in module.stored.values()):
+        return None
+    grids = module.format.grids(module.stored, module.shape)
+    packed = None if grids is None else pack(grids)
+    if packed is None:
+        return None
+    usual = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.numel() // module.in_features
+        if rows > MOST_ROWS or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+            return usual(x)
+        out = packed(x.reshape(rows, -1)).view(*x.shape[:-1], -1)
+        return out if module.bias is None else out.add_(module.bias.to(out.dtype))
 
     return forward
 

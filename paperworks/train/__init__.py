@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from paperworks.train.optimizers import parameter_groups as parameter_groups
     from paperworks.train.paging import PagedAdamW as PagedAdamW
     from paperworks.train.paging import paged_adamw as paged_adamw
+    from paperworks.train.recomputation import recompute as recompute
     from paperworks.train.report import Report as Report
     from paperworks.train.schedules import Constant as Constant
     from paperworks.train.schedules import Cosine as Cosine
@@ -43,6 +44,7 @@ _OFFERED = {
     "paged_adamw": "paging",
     "parameter_groups": "optimizers",
     "perplexity": "evaluation",
+    "recompute": "recomputation",
 }
 
 __all__ = list(_OFFERED)
