@@ -1,4 +1,4 @@
-"""Run the benchmarks and keep the numbers: `python -m benchmarks [train decode adapters loading memory]`."""
+"""Run the benchmarks and keep the numbers: `python -m benchmarks [NAME ...]`; all of them by default."""
 
 import argparse
 import importlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("train", "decode", "adapters", "loading", "memory")
+NAMES = ("train", "decode", "adapters", "loading", "memory", "compression")
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch import nn
 
+from paperworks import compress
 from paperworks.compress.llm_int8 import LLMInt8, emergent_features, outlier_columns
+from paperworks.compress.statistics import Statistics
 from paperworks.compress.uniform import Int8
 
 ROWS, COLUMNS = 24, 64
@@ -105,3 +108,51 @@ def test_eight_bits_and_a_scale_a_row_are_stored():
 def test_a_negative_threshold_is_refused():
     with pytest.raises(ValueError, match="turns the decomposition off"):
         LLMInt8(threshold=-1.0)
+
+
+KEPT = LLMInt8(outliers="float16")
+
+
+def test_columns_that_were_loud_in_calibration_are_kept_in_float16():
+    stored = KEPT.encode(WEIGHT, Statistics.of(X, KEPT.needs))
+    loud = (X.abs() >= 6).any(0).nonzero()[:, 0]
+    assert stored["kept_columns"].tolist() == loud.tolist()
+    decoded = KEPT.decode(stored, SHAPE)
+    assert torch.equal(decoded[:, loud], WEIGHT[:, loud].half().float())
+    rest = torch.ones(COLUMNS, dtype=torch.bool)
+    rest[loud] = False
+    assert torch.equal(decoded[:, rest], LLMInt8().decode(STORED, SHAPE)[:, rest])
+    bits = 8 * sum(tensor.nbytes for tensor in stored.values()) / WEIGHT.numel()
+    assert bits == KEPT.bits_per_weight(SHAPE) + len(loud) * (16 * ROWS + 32) / WEIGHT.numel()
+
+
+def test_products_with_kept_columns_equal_the_paper_in_float64():
+    stored = KEPT.encode(WEIGHT, Statistics.of(X, KEPT.needs))
+    fresh = X.clone()
+    fresh[:, 9] *= 20  # loud now, but not in calibration: decoded from int8
+    loud = (X.abs() >= 6).any(0)
+    step = (WEIGHT.abs().amax(1) / 127).to(torch.float16).double()[:, None]
+    weight = (WEIGHT.double() / step).round().clamp(-127, 127) * step
+    expected = naive(fresh, 6.0) + fresh.double()[:, loud] @ (WEIGHT.half().double() - weight)[:, loud].T
+    found = KEPT.multiply(fresh, stored, SHAPE)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_keeping_learns_from_data_and_survives_merging_and_files(tmp_path):
+    assert KEPT.needs == ("absolute_max",)
+    assert LLMInt8().needs == ()
+    with pytest.raises(ValueError, match="absolute_max"):
+        KEPT.encode(WEIGHT)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(COLUMNS, ROWS, bias=False))
+    compress.apply(model, KEPT, "0", calibration=[X])
+    compress.save(model, tmp_path / "layers.safetensors")
+    loaded = compress.load(nn.Sequential(nn.Linear(COLUMNS, ROWS, bias=False)), tmp_path / "layers.safetensors")
+    assert torch.equal(loaded(X), model(X))
+    before = model[0].decoded_weight()
+    model[0].encode_weight(before)
+    assert torch.equal(model[0].decoded_weight(), before)
+    with pytest.raises(ValueError, match=r"int8.*float16"):
+        LLMInt8(outliers="int4")
+    with pytest.raises(ValueError, match="too large"):
+        KEPT.encode(1e5 * WEIGHT, Statistics.of(X, KEPT.needs))

@@ -151,7 +151,8 @@ def matches_full_precision(lab: Lab) -> Verdict:
         },
         control={"loss, NF4 without adapters": before["NF4"], "loss as loaded": before["as loaded"], "distance": gap},
         note=f"{rows} windows of {length} tokens of {words}; four windows a step, {steps} steps from 1e-3 down to 0, "
-        "gradient norm at most 0.3. The full weights are float32 decoded from the public Q4_1 file, so the base was rounded before.",
+        "gradient norm at most 0.3. The full weights are float32 decoded from the public Q4_1 file, so the base was "
+        "rounded before.",
     )
 
 
@@ -255,10 +256,10 @@ def takes_less_memory(lab: Lab) -> Verdict:
             "bytes at the peak": ours.peak,
         },
         control={"bytes kept, bfloat16": theirs.kept, "bytes at the peak": theirs.peak},
-        note=f"Every tensor's storage is counted from the operation that made it until it is freed, through forward and "
-        f"backward pass on one window of {tokens.numel()} tokens, adapters of rank 8 in bfloat16, the activations of "
-        "each block computed again in the backward pass. The embedding stays in 16 bits and is a fifth of this small "
-        "model; the optimizer's state lies on the host and is not counted for either.",
+        note="Every tensor's storage is counted from the operation that made it until it is freed, through forward "
+        f"and backward pass on one window of {tokens.numel()} tokens, adapters of rank 8 in bfloat16, the activations "
+        "of each block computed again in the backward pass. The embedding stays in 16 bits and is a fifth of this "
+        "small model; the optimizer's state lies on the host and is not counted for either.",
     )
 
 

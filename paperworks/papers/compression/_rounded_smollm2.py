@@ -31,6 +31,7 @@ class Subject:
     context: int
     words: str
     targets: str
+    tokenizer: Any = None
 
     def perplexity(self, format: WeightFormat | None = None, sequential: bool = True, decoded: bool = True) -> float:
         """Return the perplexity with all linear layers of the blocks in a format, or as they are.
@@ -57,7 +58,7 @@ def subject(lab: Lab) -> Subject:
     model = smollm2(lab)
     text = scored_text(model.tokenizer, lab.pick(smoke=32, small=2048, large=65_536))
     batches = _calibration(model.tokenizer, lab.pick(smoke=1, small=8, large=64), lab.pick(smoke=24, small=512))
-    model.tokenizer = None
+    tokenizer, model.tokenizer = model.tokenizer, None  # copies of the model need none
     calibrated = sum(batch.numel() for batch in batches)
     return Subject(
         model=model,
@@ -67,6 +68,7 @@ def subject(lab: Lab) -> Subject:
         words=f"{text.words}; windows of 512; embeddings stay as they are; {calibrated:,} other tokens of such texts "
         "for formats that calibrate",
         targets=lab.pick(smoke="blocks.0.mixer.query", small="all-linear"),
+        tokenizer=tokenizer,
     )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from paperworks import compress, train
-from paperworks.compress import WeightFormat
-from paperworks.compress.ggml_format import K_FALLBACKS
+import paperworks as pw
+from paperworks import api, compress
 from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.papers._smollm2 import PROVENANCE
+from paperworks.papers.compression._choices import choices
+from paperworks.papers.compression._format_prompts import prompts
+from paperworks.papers.compression._format_table import Score, draw, lines, rank_correlation, scored, show
 from paperworks.papers.compression._rounded_smollm2 import Subject, subject
+from paperworks.papers.language_models._character_model import character_llama, play, trained
 
 paper = Paper(
     key="quantized-instruct-eval",
@@ -30,143 +32,216 @@ paper = Paper(
     implements=("paperworks.compress.account.report",),
 )
 
+# The width of 576 is no multiple of 128, and the weights at hand lie on grids of groups of 32: groups of 64.
+GROUP = 64
+EIGHT_AND_FOUR = ("int8", "FP8", "SmoothQuant", "Q6_K", "RTN-4", "GPTQ-4", "AWQ-4", "NF4", "FP4", "Q4_K")
+THREE = ("RTN-3", "GPTQ-3", "AWQ-3", "Q3_K")
+TWO = ("RTN-2", "GPTQ-2", "Q2_K", "QuIP#-2")
 
-def _k_quant(kind: str) -> WeightFormat:
-    return compress.GGML(kind=kind, fallback=K_FALLBACKS[kind])
-
-
-# By line of the plot, formats of falling precision. Groups of 64: the width of 576 is no multiple of 128, and the
-# weights at hand lie on grids of groups of 32.
-LINES: dict[str, dict[str, WeightFormat]] = {
-    "round to nearest": {f"RTN-{b}": compress.Uniform(bits=b, group=64) for b in (4, 3, 2)},
-    "GPTQ": {f"GPTQ-{b}": compress.GPTQ(bits=b, group=64) for b in (4, 3, 2)},
-    "AWQ": {f"AWQ-{b}": compress.AWQ(bits=b, group=64) for b in (4, 3)},
-    "8 bits, activations too": {
-        "int8": compress.LLMInt8(),
-        "FP8": compress.FP8(),
-        "SmoothQuant": compress.SmoothQuant(),
-    },
-    "k-quants": {kind: _k_quant(kind) for kind in ("Q6_K", "Q4_K", "Q2_K")},
-    "4-bit codebooks": {"NF4": compress.NF4(double_quantization=True), "FP4": compress.FP4(double_quantization=True)},
-    "lattices and codebooks": {"QuIP#-2": compress.QuIPSharp(bits=2), "AQLM-2": compress.AQLM()},
-}
-SMOKE = ("RTN-4", "RTN-3", "GPTQ-4", "AWQ-4", "int8", "FP8")
-SMALL = (*SMOKE, "GPTQ-3", "NF4", "Q4_K")
+# What was scored in this process, by what it depends on: a format that two claims need is done once, and the last claim
+# draws all of them.
+_SCORED: dict[tuple[str, int], dict[str, Score]] = {}
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a format costs: bits a weight of the linear layers, and how far the model's predictions moved."""
-
-    bits: float
-    perplexity: float
-    divergence: float  # mean KL(dense || rounded) of the next token, in nats
-    flips: float  # share of tokens whose most likely successor changed
-
-
-@torch.no_grad()
-def _log_probabilities(known: Subject, model: nn.Module) -> list[Float[Tensor, "time vocab"]]:
-    return [
-        model(window[None])[0].log_softmax(-1) for window in known.tokens.split(known.context - 1) if len(window) > 1
-    ]
+def _scores(lab: Lab, names: Sequence[str]) -> tuple[dict[str, Score], Subject, str]:
+    """Return the scores of formats on SmolLM2 as a whole, those of earlier claims included, and the data in words."""
+    known = subject(lab)
+    asked, words = choices(known.tokenizer, lab.pick(smoke=2, small=60, large=500), lab.seed)
+    done = _SCORED.setdefault((lab.scale, lab.seed), {})
+    formats = {name: form for line in lines(GROUP).values() for name, form in line.items()}
+    missing = {name: formats[name] for name in names if name not in done}
+    done |= scored(lab, known, missing, asked)
+    note = PROVENANCE + f"{known.words}; {words}. Groups of {GROUP} where a format has groups."
+    return done, known, note
 
 
-def _score(known: Subject, dense: list[Tensor], format: WeightFormat) -> Score:
-    model = known.rounded(format)
-    bits = compress.report(model).bits_per_weight
-    divergence, flips, count = 0.0, 0, 0
-    for wanted, found in zip(dense, _log_probabilities(known, model), strict=True):
-        divergence += float((wanted.exp() * (wanted - found)).sum())
-        flips += int((wanted.argmax(-1) != found.argmax(-1)).sum())
-        count += len(wanted)
-    perplexity = train.perplexity(model, known.tokens, known.context)
-    return Score(bits, perplexity, divergence / count, flips / count)
-
-
-def pareto(scores: dict[str, Score]) -> list[str]:
-    """Return the formats to which no other is at once smaller and better, from many bits to few."""
-    best: list[str] = []
-    for name in sorted(scores, key=lambda name: (scores[name].perplexity, scores[name].bits)):
-        if not best or scores[name].bits < scores[best[-1]].bits:
-            best.append(name)
-    return best
-
-
-def rank_correlation(one: list[float], other: list[float]) -> float:
-    """Return Spearman's correlation of two lists without ties."""
-    ranks = [torch.tensor(values).argsort().argsort().double() for values in (one, other)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+def _only(found: dict[str, Score], names: Sequence[str]) -> dict[str, Score]:
+    return {name: found[name] for name in ("as loaded", *names)}
 
 
 @paper.claim(
     "Formats order by bits, and at four bits by how much they learn from data",
     paper="Tables 2 to 5: AWQ best of the weight-only methods, then GPTQ; FP8 and 8 bits close to full precision",
-    control="round to nearest in four and three bits, which learns nothing from data",
+    control="round to nearest in four bits, which learns nothing from data",
 )
 def one_table_for_all(lab: Lab) -> Verdict:
     """Round SmolLM2-135M-Instruct to each format and compare its predictions with its own before."""
-    known = subject(lab)
-    wanted = lab.pick(smoke=SMOKE, small=SMALL, large=tuple(name for line in LINES.values() for name in line))
-    dense = _log_probabilities(known, known.model)
-    before = known.perplexity()
-    formats = {name: format for line in LINES.values() for name, format in line.items() if name in wanted}
-    found = {name: _score(known, dense, format) for name, format in lab.track(list(formats.items()), "formats")}
-    front = pareto(found)
-    lab.table(
-        "SmolLM2-135M-Instruct in every format",
-        ["format", "bits a weight", "perplexity", "KL, nats", "changed predictions", "Pareto front"],
-        [
-            ["as loaded", "", before, 0.0, 0.0, ""],
-            *(
-                [name, x.bits, x.perplexity, x.divergence, f"{x.flips:.1%}", "yes" if name in front else ""]
-                for name, x in sorted(found.items(), key=lambda item: -item[1].bits)
-            ),
-        ],
-    )
-    _draw(lab, found, front, before)
+    names = lab.pick(smoke=("int8", "FP8", "RTN-4", "GPTQ-4", "AWQ-4"), small=EIGHT_AND_FOUR)
+    found, _, note = _scores(lab, names)
+    found = _only(found, names)
+    show(lab, "SmolLM2-135M-Instruct in four bits and more", found)
     kl = {name: score.divergence for name, score in found.items()}
-    correlation = rank_correlation(list(kl.values()), [score.perplexity for score in found.values()])
+    rounded = [score for name, score in found.items() if name != "as loaded"]
+    correlation = rank_correlation([x.divergence for x in rounded], [x.perplexity for x in rounded])
     return lab.judge(
         checks={
-            "KL: int8 and FP8 < AWQ-4, GPTQ-4 < RTN-4 < RTN-3": max(kl["int8"], kl["FP8"])
+            "KL: int8 and FP8 < AWQ-4 and GPTQ-4 < RTN-4": max(kl["int8"], kl["FP8"])
             < min(kl["AWQ-4"], kl["GPTQ-4"])
-            and max(kl["AWQ-4"], kl["GPTQ-4"]) < kl["RTN-4"] < kl["RTN-3"],
+            <= max(kl["AWQ-4"], kl["GPTQ-4"])
+            < kl["RTN-4"],
             "AWQ-4 at most GPTQ-4": kl["AWQ-4"] <= kl["GPTQ-4"],
-            "KL of RTN-3 at least 5 times that of GPTQ-4": kl["RTN-3"] >= 5 * kl["GPTQ-4"],
             "perplexity and KL agree on the order, rank correlation above 0.9": correlation > 0.9,
         },
-        measured={f"KL, {name}": value for name, value in kl.items() if not name.startswith("RTN")}
-        | {"rank correlation": correlation, "Pareto front": ", ".join(front)},
-        control={"KL, RTN-4": kl["RTN-4"], "KL, RTN-3": kl["RTN-3"]},
-        note=PROVENANCE + known.words + ". Multiple choice and format-constraint prompts of the paper are left out.",
+        measured={f"KL, {name}": value for name, value in kl.items() if name not in ("RTN-4", "as loaded")}
+        | {"perplexity, GPTQ-4": found["GPTQ-4"].perplexity, "perplexity, AWQ-4": found["AWQ-4"].perplexity}
+        | {"rank correlation": correlation},
+        control={"KL, RTN-4": kl["RTN-4"], "perplexity, RTN-4": found["RTN-4"].perplexity},
+        note=note,
     )
 
 
-def _draw(lab: Lab, found: dict[str, Score], front: list[str], before: float) -> None:
-    with lab.figure("bits", figsize=(7.2, 4.2)) as figure:
-        axes = figure.subplots()
-        for index, (line, formats) in enumerate(LINES.items()):
-            points = [(found[name].bits, found[name].perplexity, name) for name in formats if name in found]
-            if not points:
-                continue
-            color = CONTROL if line == "round to nearest" else COLORS[index % len(COLORS)]
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=color, label=line)
-            for x, y, name in points:
-                axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-        axes.plot(
-            [found[name].bits for name in front],
-            [found[name].perplexity for name in front],
-            "o",
-            markersize=11,
-            fillstyle="none",
-            color="black",
-            label="Pareto front",
-        )
-        axes.axhline(before, linewidth=0.8, linestyle=":", color="black")
-        axes.set_yscale("log")
-        axes.set_xlabel("bits a weight of the linear layers, scales and codebooks included")
-        axes.set_title("Perplexity of SmolLM2 in each format (dotted: as loaded)")
-        axes.legend(fontsize=7, frameon=False)
+@paper.claim(
+    "Three bits rounded to nearest are far worse than four that learned from data; learning makes up for most of it",
+    paper="Section 4: drops grow below four bits; GPTQ's paper, Table 4: 3 bits usable with GPTQ only",
+    control="round to nearest in three bits",
+)
+def three_bits(lab: Lab) -> Verdict:
+    """Compare SmolLM2 in three bits, rounded in four ways, with GPTQ in four."""
+    names = lab.pick(smoke=("RTN-3", "GPTQ-3"), small=THREE)
+    found, _, note = _scores(lab, (*names, "GPTQ-4"))
+    found = _only(found, (*names, "GPTQ-4"))
+    show(lab, "SmolLM2-135M-Instruct in three bits", found)
+    return lab.judge(
+        checks={
+            "KL of RTN-3 at least 5 times that of GPTQ-4": found["RTN-3"].divergence >= 5 * found["GPTQ-4"].divergence,
+            "GPTQ-3 nearer to the model than RTN-3": found["GPTQ-3"].divergence < found["RTN-3"].divergence,
+        },
+        measured={f"KL, {name}": found[name].divergence for name in (*names, "GPTQ-4") if name != "RTN-3"},
+        control={"KL, RTN-3": found["RTN-3"].divergence},
+        note=note,
+    )
+
+
+@paper.claim(
+    "In two bits a lattice behind a rotation holds where grids do not",
+    paper="QuIP# (2402.04396), Table 1: Llama-2-7B in 2 bits 8.22 without fine-tuning, where GPTQ's perplexity is over "
+    "a hundred",
+    control="GPTQ and round to nearest in two bits, groups of 64",
+)
+def two_bits_by_lattice(lab: Lab) -> Verdict:
+    """Round SmolLM2 to two bits by grids, k-quants and E8P."""
+    names = lab.pick(smoke=("RTN-2", "GPTQ-2", "QuIP#-2"), small=TWO)
+    found, _, note = _scores(lab, names)
+    found = _only(found, names)
+    show(lab, "SmolLM2-135M-Instruct in two bits", found)
+    return lab.judge(
+        checks={
+            "the perplexity is below GPTQ's, with fewer bits": found["QuIP#-2"].perplexity < found["GPTQ-2"].perplexity
+            and found["QuIP#-2"].bits < found["GPTQ-2"].bits,
+            "and below half of it": found["QuIP#-2"].perplexity < 0.5 * found["GPTQ-2"].perplexity,
+            "GPTQ's below that of round to nearest": found["GPTQ-2"].perplexity < found["RTN-2"].perplexity,
+        },
+        measured={"perplexity, QuIP#-2": found["QuIP#-2"].perplexity, "bits": found["QuIP#-2"].bits},
+        control={
+            "perplexity, GPTQ-2": found["GPTQ-2"].perplexity,
+            "bits, GPTQ-2": found["GPTQ-2"].bits,
+            "perplexity, RTN-2": found["RTN-2"].perplexity,
+        },
+        note=note + " QuIP# went twice over its codes, where the paper does ten times.",
+    )
+
+
+@paper.claim(
+    "In two bits learned codebooks hold as well; all formats in one plot",
+    paper="AQLM (2401.06118), Table 1: Llama-2-7B at 2.02 bits 6.59, QuIP# 8.22; first Pareto-optimal below 3 bits",
+    control="GPTQ in two bits, groups of 64",
+)
+def two_bits_by_codebook(lab: Lab) -> Verdict:
+    """Round SmolLM2 to two bits by AQLM; show every format that was measured beside it."""
+    found, _, note = _scores(lab, ("GPTQ-2", "AQLM-2"))
+    front = show(lab, "SmolLM2-135M-Instruct in every format", found)
+    draw(lab, "bits", "Perplexity of SmolLM2 in each format (dotted: as loaded)", found, GROUP)
+    return lab.judge(
+        checks={
+            "the perplexity is below GPTQ's": found["AQLM-2"].perplexity < found["GPTQ-2"].perplexity,
+            "and below half of it": found["AQLM-2"].perplexity < 0.5 * found["GPTQ-2"].perplexity,
+        },
+        measured={
+            "perplexity, AQLM-2": found["AQLM-2"].perplexity,
+            "bits": found["AQLM-2"].bits,
+            "formats in the table": len(found) - 1,
+            "Pareto front": ", ".join(front),
+        },
+        control={"perplexity, GPTQ-2": found["GPTQ-2"].perplexity, "bits, GPTQ-2": found["GPTQ-2"].bits},
+        note=note
+        + " AQLM searched its codes once, where the paper goes on until nothing is gained; in matrices of 576 "
+        "columns its codebooks weigh as much as its codes.",
+    )
+
+
+@paper.claim(
+    "A model that was never rounded before orders the formats alike",
+    paper="not in the paper: the public file of SmolLM2 lies on 4-bit grids of 32 weights, which flatters some formats",
+    control="round to nearest at the same bits",
+)
+def never_rounded_before(lab: Lab) -> Verdict:
+    """Train a character model here in 32 bits and round it to each format in groups of 128, its width."""
+    spec = character_llama(128, 4, 4, 384)
+    model = trained(lab, spec, lab.pick(smoke=2, small=800, large=4000), lab.seed, "training in full precision")
+    windows = play().train_windows(length=64, batch=lab.pick(smoke=2, small=64), count=4, seed=lab.seed + 1)
+    calibration = [batch["tokens"] for batch in windows]
+    tokens = play().validation[: lab.pick(smoke=256, small=16_384)]
+    known = Subject(model, tokens, calibration, 65, "", lab.pick(smoke="blocks.0.mixer.query", small="all-linear"))
+    formats = {name: form for line in lines(128).values() for name, form in line.items()}
+    smoke = ("RTN-4", "GPTQ-4", "AWQ-4", "RTN-2", "GPTQ-2", "QuIP#-2")
+    # one epoch is for matrices of millions: here the search may go on
+    formats |= {"AQLM-2": replace(compress.AQLM(), bits=6), "QuIP#-2": compress.QuIPSharp(bits=2)}
+    found = scored(lab, known, {name: formats[name] for name in lab.pick(smoke=smoke, small=tuple(formats))})
+    front = show(lab, "A character model trained here, in every format", found)
+    draw(lab, "never-rounded", "Perplexity a character of a model trained here (dotted: in 32 bits)", found, 128)
+    kl = {name: score.divergence for name, score in found.items()}
+    return lab.judge(
+        checks={
+            "four bits: GPTQ and AWQ nearer to the model than round to nearest": max(kl["GPTQ-4"], kl["AWQ-4"])
+            < kl["RTN-4"],
+            "two bits: QuIP# < GPTQ < round to nearest": kl["QuIP#-2"] < kl["GPTQ-2"] < kl["RTN-2"],
+        },
+        measured={f"KL, {name}": value for name, value in kl.items() if not name.startswith(("RTN", "as"))}
+        | {"Pareto front": ", ".join(front)},
+        control={f"KL, {name}": value for name, value in kl.items() if name.startswith("RTN")},
+        note="tinyshakespeare, one character a token, 4 blocks of width 128; groups of 128 are whole rows. AQLM's "
+        "codebooks have 64 vectors; in matrices so small they weigh more than the codes, and the bits say so.",
+    )
+
+
+@paper.claim(
+    "Four bits that learned from data follow instructions on form as often as full precision; three rounded do not",
+    paper="Table 4: IFEval drops more than other tasks; weight-only four bits stay near full precision",
+    control="round to nearest in three bits",
+)
+def follows_forms(lab: Lab) -> Verdict:
+    """Let SmolLM2 answer prompts whose form a rule can verify, greedily, in full precision and rounded."""
+    known = subject(lab)
+    asked = prompts(lab.pick(smoke=2, small=20, large=50))
+    known.model.tokenizer = known.tokenizer
+    texts = [api.chat_prompt(known.model, [{"role": "user", "content": prompt}]) for prompt, _ in asked]
+    kinds = {"GPTQ-4": compress.GPTQ(bits=4, group=GROUP), "RTN-3": compress.Uniform(bits=3, group=GROUP)}
+    followed: dict[str, float] = {}
+    answers: dict[str, list[str]] = {}
+    for name in lab.track(["as loaded", *kinds], "models that answer"):
+        model = known.model if name == "as loaded" else compress.decompress(known.rounded(kinds[name]))
+        answers[name] = pw.generate(model, texts, max_new_tokens=lab.pick(smoke=2, small=40), temperature=0.0)
+        rules = [rule(answer.strip()) for answer, (_, rule) in zip(answers[name], asked, strict=True)]
+        followed[name] = sum(rules) / len(rules)
+    lab.text(asked[0][0], "\n".join(f"{name}: {found[0].strip()}" for name, found in answers.items()))
+    lab.table(
+        "Answers whose form is as asked",
+        ["model", "share", "prompts"],
+        [[name, f"{share:.0%}", len(asked)] for name, share in followed.items()],
+    )
+    return lab.judge(
+        checks={
+            "GPTQ-4 within a fifth of the prompts of full precision": abs(followed["GPTQ-4"] - followed["as loaded"])
+            <= 0.2,
+            "round to nearest in three bits below both": followed["RTN-3"]
+            < min(followed["GPTQ-4"], followed["as loaded"]),
+        },
+        measured={"as loaded": followed["as loaded"], "GPTQ-4": followed["GPTQ-4"], "prompts": len(asked)},
+        control={"RTN-3": followed["RTN-3"]},
+        note=PROVENANCE
+        + "Greedy answers of at most 40 tokens through the chat template. A model of 135 million weights "
+        "follows few such instructions to begin with, and one prompt is a twentieth.",
+    )
 
 
 @paper.claim(

@@ -1,0 +1,169 @@
+"""Every weight format on one model: what each costs in bits, and how far it moves the model's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from paperworks import compress, train
+from paperworks.compress import WeightFormat
+from paperworks.compress.ggml_format import K_FALLBACKS
+from paperworks.lab import Lab
+from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.papers.compression._choices import Choice, answered
+from paperworks.papers.compression._rounded_smollm2 import Subject
+
+Lines = Mapping[str, Mapping[str, WeightFormat]]
+
+
+def lines(group: int) -> Lines:
+    """Return formats by line of the plot, each of falling precision; `group` weights share a scale where it is free.
+
+    AQLM and QuIP# search once or twice where the papers search longer, so that a whole model takes minutes.
+    """
+    return {
+        "round to nearest": {f"RTN-{b}": compress.Uniform(bits=b, group=group) for b in (4, 3, 2)},
+        "GPTQ": {f"GPTQ-{b}": compress.GPTQ(bits=b, group=group) for b in (4, 3, 2)},
+        "AWQ": {f"AWQ-{b}": compress.AWQ(bits=b, group=group) for b in (4, 3)},
+        "8 bits, activations too": {
+            "int8": compress.LLMInt8(),
+            "FP8": compress.FP8(),
+            "SmoothQuant": compress.SmoothQuant(),
+        },
+        "k-quants": {kind: _k_quant(kind) for kind in ("Q6_K", "Q4_K", "Q3_K", "Q2_K")},
+        "4-bit codebooks": {
+            "NF4": compress.NF4(double_quantization=True),
+            "FP4": compress.FP4(double_quantization=True),
+        },
+        "lattices": {"QuIP#-2": compress.QuIPSharp(bits=2, passes=2)},
+        "learned codebooks": {"AQLM-2": compress.AQLM(epochs=1)},
+    }
+
+
+def _k_quant(kind: str) -> WeightFormat:
+    return compress.GGML(kind=kind, fallback=K_FALLBACKS[kind])
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a format costs: bits a weight of the linear layers, and how far the model's predictions moved."""
+
+    bits: float
+    perplexity: float
+    divergence: float  # mean KL(dense || rounded) of the next token, in nats
+    flips: float  # share of tokens whose most likely successor changed
+    right: float | None = None  # share of multiple-choice questions answered as they should be
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, tokens: Tensor, context: int) -> list[Float[Tensor, "time vocab"]]:
+    """Return the model's log probabilities of the next token, window by window."""
+    return [model(window[None])[0].log_softmax(-1) for window in tokens.split(context - 1) if len(window) > 1]
+
+
+def score_model(
+    model: nn.Module, bits: float, known: Subject, dense: list[Tensor], choices: list[Choice] | None = None
+) -> Score:
+    """Compare a rounded model's predictions with those of the model as loaded."""
+    divergence, flips, count = 0.0, 0, 0
+    for wanted, found in zip(dense, log_probabilities(model, known.tokens, known.context), strict=True):
+        divergence += float((wanted.exp() * (wanted - found)).sum())
+        flips += int((wanted.argmax(-1) != found.argmax(-1)).sum())
+        count += len(wanted)
+    return Score(
+        bits,
+        train.perplexity(model, known.tokens, known.context),
+        divergence / count,
+        flips / count,
+        answered(model, choices) if choices else None,
+    )
+
+
+def scored(
+    lab: Lab, known: Subject, formats: Mapping[str, WeightFormat], choices: list[Choice] | None = None
+) -> dict[str, Score]:
+    """Return the score of each format, and of the model "as loaded"."""
+    dense = log_probabilities(known.model, known.tokens, known.context)
+    found = {"as loaded": score_model(known.model, 32.0, known, dense, choices)}
+    for name, format in lab.track(list(formats.items()), "formats"):
+        model = known.rounded(format)
+        bits = compress.report(model).bits_per_weight
+        if not _own_arithmetic(format):
+            model = compress.decompress(model)  # the same numbers, decoded once
+        found[name] = score_model(model, bits, known, dense, choices)
+    return found
+
+
+def _own_arithmetic(format: WeightFormat) -> bool:
+    return type(format).multiply is not WeightFormat.multiply
+
+
+def pareto(scores: Mapping[str, Score]) -> list[str]:
+    """Return the formats to which no other is at once smaller and better, from many bits to few."""
+    best: list[str] = []
+    for name in sorted(scores, key=lambda name: (scores[name].perplexity, scores[name].bits)):
+        if not best or scores[name].bits < scores[best[-1]].bits:
+            best.append(name)
+    return best
+
+
+def rank_correlation(one: Iterable[float], other: Iterable[float]) -> float:
+    """Return Spearman's correlation of two lists without ties."""
+    ranks = [torch.tensor(list(values)).argsort().argsort().double() for values in (one, other)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def show(lab: Lab, title: str, found: Mapping[str, Score]) -> list[str]:
+    """Write the table; return the names on the Pareto front."""
+    rounded = {name: score for name, score in found.items() if name != "as loaded"}
+    front = pareto(rounded)
+    questions = any(score.right is not None for score in found.values())
+    columns = ["format", "bits a weight", "perplexity", "KL, nats", "changed predictions"]
+    rows = [
+        [
+            name,
+            x.bits,
+            x.perplexity,
+            x.divergence,
+            f"{x.flips:.1%}",
+            *([f"{x.right:.0%}" if x.right is not None else ""] if questions else []),
+            "yes" if name in front else "",
+        ]
+        for name, x in sorted(found.items(), key=lambda item: -item[1].bits)
+    ]
+    lab.table(title, [*columns, *(["questions right"] if questions else []), "Pareto front"], rows)
+    return front
+
+
+def draw(lab: Lab, name: str, title: str, found: Mapping[str, Score], group: int) -> None:
+    """Plot perplexity against bits, one line a method, and mark the Pareto front."""
+    front = pareto({key: score for key, score in found.items() if key != "as loaded"})
+    with lab.figure(name, figsize=(7.6, 4.4)) as figure:
+        axes = figure.subplots()
+        for index, (line, formats) in enumerate(lines(group).items()):
+            points = [(found[key].bits, found[key].perplexity, key) for key in formats if key in found]
+            if not points:
+                continue
+            color = CONTROL if line == "round to nearest" else COLORS[index % len(COLORS)]
+            marker = "s" if index >= len(COLORS) else "o"
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], f"{marker}-", color=color, label=line)
+            for x, y, key in points:
+                axes.annotate(key, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        axes.plot(
+            [found[key].bits for key in front],
+            [found[key].perplexity for key in front],
+            "o",
+            markersize=11,
+            fillstyle="none",
+            color="black",
+            label="Pareto front",
+        )
+        axes.axhline(found["as loaded"].perplexity, linewidth=0.8, linestyle=":", color="black")
+        axes.set_yscale("log")
+        axes.set_xlabel("bits a weight of the linear layers, scales and codebooks included")
+        axes.set_title(title)
+        axes.legend(fontsize=7, frameon=False)
