@@ -1,27 +1,68 @@
-"""`paperworks inspect MODEL`: the spec as a tree, the parameters by part, the tokenizer, the context."""
+"""`paperworks inspect MODEL [TEXT]`: what a model is made of, or a page of what it makes of a text."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from paperworks.cli.loading import load_model
+from paperworks.cli.options import parse
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Show what a model is made of; with a text, write a page of what it makes of it."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """An asset's name, a directory, a .gguf file or "org/name" on the hub."""
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT]")] = ""
+    """A prompt to look at: logit lens, attention, logit attribution, neurons."""
+    out: str = "out/inspect.html"
+    """Where to write the page."""
+
+
 def main(arguments: list[str]) -> int:
-    """Print what a model is made of."""
+    """Print what a model is made of, or write the page of a prompt."""
     import paperworks as pw
 
-    parser = argparse.ArgumentParser(prog="paperworks inspect", description="Show what a model is made of.")
-    parser.add_argument("model", help='an asset\'s name, a directory, a .gguf file or "org/name" on the hub')
-    name = parser.parse_args(arguments).model
-    model = load_model(name)
-    _print_model(name, model, pw.count_parameters(model.spec))
+    options = parse(Options, "inspect", arguments)
+    model = load_model(options.model)
+    if options.text:
+        print(f"written to {_write_page(options.model, model, options.text, Path(options.out))}")
+    else:
+        _print_model(options.model, model, pw.count_parameters(model.spec))
     return 0
+
+
+def _write_page(name: str, model: Any, text: str, out: Path) -> Path:
+    import torch
+
+    from paperworks import atomic
+    from paperworks.cli.prompt_page import MOST_TOKENS, page
+    from paperworks.interpret.prompt_view import prompt_view
+
+    if model.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer, so a text cannot be read; use interpret.prompt_view with tokens")
+    tokens = model.tokenizer.encode(text)
+    if not 0 < len(tokens) <= MOST_TOKENS:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens; a page holds 1 to {MOST_TOKENS} (attention grows with the square)"
+        )
+    view = prompt_view(model, torch.tensor(tokens))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = f"{len(tokens)} tokens through {len(view.lens_tokens) - 1} blocks."
+    with atomic.writing_file(out) as path:
+        path.write_text(
+            page(view, lambda token: model.tokenizer.decode([token]), f"{name}: one prompt", about), encoding="utf-8"
+        )
+    return out
 
 
 def _print_model(name: str, model: Any, total: int) -> None:
