@@ -34,23 +34,45 @@ def _tensor_of(output: Any) -> Tensor | None:
     return None
 
 
+def _require_finite(path: str, value: Tensor, passes: int) -> None:
+    """Raise FloatingPointError that says which tap, which forward pass and which rows of the batch are not finite."""
+    if bool(torch.isfinite(value).all()):
+        return
+    bad = ~torch.isfinite(value)
+    rows = bad.flatten(1).any(1).nonzero().flatten().tolist() if value.dim() > 1 else bad.nonzero().flatten().tolist()
+    shown = ", ".join(map(str, rows[:8])) + (f", ... ({len(rows)} in all)" if len(rows) > 8 else "")
+    raise FloatingPointError(
+        f"the output of {path} {tuple(value.shape)} holds {int(value.isnan().sum())} NaN and "
+        f"{int(value.isinf().sum())} infinite numbers in forward pass {passes} (counted from 1), batch rows {shown}; "
+        "record its inputs with finite=True to find where they begin"
+    )
+
+
 @contextmanager
 def record(
-    model: nn.Module, targets: Targets, *, detach: bool = True, to: torch.device | str | None = None
+    model: nn.Module,
+    targets: Targets,
+    *,
+    detach: bool = True,
+    to: torch.device | str | None = None,
+    finite: bool = False,
 ) -> Iterator[Recording]:
     """Record the outputs of the chosen modules during the forward passes inside the context.
 
     Recording changes no bit of the model's output: a value that only a listener needs (`blocks.6.mixer.pattern`) is
-    computed beside the fused kernel.
+    computed beside the fused kernel. Nothing but the chosen outputs is kept. Hooks run in the order in which they were
+    set: a record opened inside an edit sees the edited value, one opened outside it the value before.
 
     Args:
         model: any module, ours or another library's.
         targets: glob patterns over module paths, see `nn.select`.
         detach: whether gradients are cut off; with False, recorded tensors stay in the graph.
         to: where the copies go ("cpu" to spare a GPU's memory).
+        finite: whether to stop at the first output with a NaN or an infinity in it (waits for a GPU at each tap).
 
     Raises:
         ValueError: when a target matches nothing.
+        FloatingPointError: with `finite`, at the forward pass; says which tap, which pass and which rows of the batch.
     """
     seen = Recording()
 
@@ -59,9 +81,13 @@ def record(
             value = _tensor_of(output)
             if value is None:
                 raise TypeError(f"{path} ({type(module).__name__}) returns {type(output).__name__}, not a tensor")
+            if finite:
+                _require_finite(path, value, len(seen.all.get(path, ())) + 1)
             value = value.detach() if detach else value
-            # a later in-place operation must not change the record
-            value = value.to(to) if to is not None else (value.clone() if detach else value)
+            if detach:  # copied even where it already is: a later in-place operation must not change the record
+                value = value.to(to or value.device, copy=True)
+            elif to is not None:
+                value = value.to(to)
             seen[path] = value
             seen.all.setdefault(path, []).append(value)
 

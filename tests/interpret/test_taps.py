@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -150,3 +152,108 @@ def test_wrong_targets_and_edits_are_refused(model):
             model(TOKENS)
     with interpret.record(model, "blocks.0") as seen, pytest.raises(KeyError, match="did a forward pass run"):
         seen["blocks.0"]
+
+
+def test_recording_one_tap_of_thirty_layers_keeps_that_tap_alone():
+    block = Block(norm=RMSNorm(), mixer=Attention(heads=2), feedforward=GatedMLP(hidden=8))
+    deep = Decoder(vocab_size=31, dim=8, depth=30, block=block, norm=RMSNorm()).build().eval()
+    alive, hooks = [], []
+    for module in deep.modules():
+        hooks.append(module.register_forward_hook(lambda m, i, output: alive.append(weakref.ref(output))))
+    with interpret.record(deep, "blocks.12") as seen:
+        logits = deep(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    assert len(alive) > 300
+    del logits  # with gradients on: the record must not hold the graph either
+    assert [reference for reference in alive if reference() is not None] == []
+    assert sum(value.untyped_storage().nbytes() for values in seen.all.values() for value in values) == 2 * 7 * 8 * 4
+    assert seen["blocks.12"].grad_fn is None
+
+
+def test_a_tap_that_nobody_listens_to_computes_no_pattern(model, monkeypatch):
+    calls = []
+    attention = type(model.blocks[0].mixer)
+    plain = attention.weights
+    monkeypatch.setattr(attention, "weights", lambda self, *given: calls.append(1) or plain(self, *given))
+    model(TOKENS)
+    assert calls == []
+    with interpret.record(model, "blocks.1.mixer.pattern"):
+        model(TOKENS)
+    assert calls == [1]
+
+
+def test_a_record_is_a_copy_wherever_it_goes():
+    plain = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))
+    for place in (None, "cpu"):
+        x = -torch.ones(2, 3)
+        with interpret.record(plain, "0", to=place) as seen:
+            plain(x)
+        assert torch.equal(seen["0"], -torch.ones(2, 3))
+        assert torch.equal(x, torch.zeros(2, 3))  # the in-place ReLU reached the input, not the record
+
+
+def test_not_a_number_is_found_with_its_tap_its_pass_and_its_rows(model):
+    poison = {"blocks.1.mixer": lambda x: x.index_fill(0, torch.tensor([1]), float("nan"))}
+    where = r"blocks\.1\.mixer .* 112 NaN and 0 infinite .* pass 1 .*rows 1;"
+    with (
+        interpret.edit(model, poison),
+        interpret.record(model, "blocks.*", finite=True),
+        pytest.raises(FloatingPointError, match=where),
+    ):
+        model(TOKENS)
+    with interpret.record(model, "blocks.*", finite=True) as seen:
+        model(TOKENS)
+    assert torch.isfinite(seen["blocks.2"]).all()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hooks_are_gone_after_an_edit_raises_and_after_a_target_is_refused(model):
+    def fail(x):
+        raise RuntimeError("inside the edit")
+
+    with pytest.raises(RuntimeError, match="inside the edit"), interpret.edit(model, {"blocks.0": fail}):
+        model(TOKENS)
+    assert not any(module._forward_hooks for module in model.modules())
+    half_right = {"blocks.0": lambda x: x, "nowhere": lambda x: x}
+    with pytest.raises(ValueError, match="matches no module"), interpret.edit(model, half_right):
+        pass
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_record_inside_an_edit_sees_the_edited_value_and_one_outside_the_value_before(model):
+    with (
+        interpret.record(model, "blocks.1") as outside,
+        interpret.edit(model, {"blocks.1": lambda x: x * 0}),
+        interpret.record(model, "blocks.1") as inside,
+    ):
+        model(TOKENS)
+    assert outside["blocks.1"].abs().max() > 0
+    assert torch.equal(inside["blocks.1"], torch.zeros_like(outside["blocks.1"]))
+
+
+def test_an_edited_pattern_works_inside_generate_with_its_cache(model):
+    look_at_self = {"blocks.*.mixer.pattern": lambda p: torch.zeros_like(p).index_fill(-1, torch.tensor([0]), 1.0)}
+    with interpret.edit(model, look_at_self):
+        steered = pw.generate(model, TOKENS, max_new_tokens=4, temperature=0.0)
+        for step in range(4):
+            so_far = torch.cat((TOKENS, steered[:, :step]), 1)
+            assert torch.equal(model(so_far)[:, -1].argmax(-1), steered[:, step])
+
+
+@pytest.mark.parity
+def test_per_head_results_equal_those_of_transformers():
+    from paperworks.checkpoints import from_transformers
+
+    theirs = oracle("llama2")
+    ours = from_transformers(theirs)
+    inputs = {}
+    for index, layer in enumerate(theirs.model.layers):  # the input of o_proj: the heads side by side
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, given, index=index: inputs.__setitem__(index, given[0].detach())
+        )
+    with interpret.record(ours, "*.mixer.heads") as seen, torch.no_grad():
+        ours(TOKENS)
+        theirs(TOKENS)
+    for index, expected in inputs.items():
+        assert (seen[f"blocks.{index}.mixer.heads"].flatten(2) - expected).abs().max() < 1e-5  # float32
