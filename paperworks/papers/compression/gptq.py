@@ -112,7 +112,7 @@ def layers_err_less(lab: Lab) -> Verdict:
         axes.set_ylim(0, 1.1)
         axes.set_xlabel("linear layer, from the first block to the last")
         axes.set_title("Squared output error of GPTQ over that of round to nearest")
-        axes.legend(ncols=3, loc="lower right")
+        axes.legend(ncols=3, loc="upper right", bbox_to_anchor=(1.0, 0.88))
     everything = [ratio for found in ratios.values() for ratio in found]
     return lab.judge(
         checks={

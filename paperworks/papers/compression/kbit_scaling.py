@@ -114,10 +114,15 @@ def _draw(lab: Lab, curves: dict[int, list[tuple[float, float]]]) -> None:
     with lab.figure("budgets", figsize=(6.4, 3.6)) as figure:
         axes = figure.subplots()
         for index, (bits, curve) in enumerate(curves.items()):
-            color = CONTROL if bits in (2, 8) else COLORS[index % len(COLORS)]
             xs, ys = zip(*sorted(curve), strict=True)
             axes.plot(
-                xs, ys, "o-", color=color, linewidth=2.4 if bits == 4 else 1.2, markersize=4, label=f"{bits} bits"
+                xs,
+                ys,
+                "o--" if bits == 8 else "o-",
+                color=CONTROL if bits in (2, 8) else COLORS[index % len(COLORS)],
+                linewidth=2.4 if bits == 4 else 1.2,
+                markersize=4,
+                label=f"{bits} bits",
             )
         axes.set_xscale("log", base=2)
         axes.set_xlabel("bits of the whole model")

@@ -68,9 +68,9 @@ def granularity_decides_at_four_bits(lab: Lab) -> Verdict:
         bars = axes.barh(
             names, [found[n] / dense for n in names], color=[CONTROL if n == whole else COLORS[0] for n in names]
         )
-        axes.bar_label(bars, [f"{rise[n]:+.1%}" for n in names], padding=5, color=INK)
+        axes.bar_label(bars, [f"{found[n] / dense:,.3g} times" for n in names], padding=5, color=INK)
         axes.set_xscale("log")
-        axes.margins(x=0.2)
+        axes.margins(x=0.35)
         axes.grid(axis="y", visible=False)
         axes.set_title("SmolLM2's perplexity after rounding, over what it was")
     return lab.judge(

@@ -69,8 +69,8 @@ def half_the_weights_can_go(lab: Lab) -> Verdict:
         bars = axes.barh(names, [found[name] for name in names], color=colors, height=0.6)
         axes.bar_label(bars, [f"{found[name]:.1f}" for name in names], padding=5)
         axes.axvline(dense, color=COLORS[1], linewidth=1.2)
-        axes.set_xscale("log")
-        axes.margins(x=0.2)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
         axes.set_title(f"SmolLM2 without half of its weights: perplexity (line: dense, {dense:.1f})")
     return lab.judge(
         checks={
