@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from paperworks.lab import Lab
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.papers.compression._choices import Choice, answered
 from paperworks.papers.compression._rounded_smollm2 import Subject
+
+CEILING = 8  # times the perplexity of the model as loaded: what lies above is drawn at the edge, with its number
 
 Lines = Mapping[str, Mapping[str, WeightFormat]]
 
@@ -140,30 +143,71 @@ def show(lab: Lab, title: str, found: Mapping[str, Score]) -> list[str]:
 
 
 def draw(lab: Lab, name: str, title: str, found: Mapping[str, Score], group: int) -> None:
-    """Plot perplexity against bits, one line a method, and mark the Pareto front."""
+    """Plot perplexity against bits, one line a method, and mark the Pareto front; what is off the scale says so."""
+    dense = found["as loaded"].perplexity
     front = pareto({key: score for key, score in found.items() if key != "as loaded"})
-    with lab.figure(name, figsize=(7.6, 4.4)) as figure:
+    ceiling = min(max(score.perplexity for score in found.values()), CEILING * dense)
+    with lab.figure(name, figsize=(7.8, 4.8)) as figure:
         axes = figure.subplots()
+        points: list[tuple[float, float, str]] = []
         for index, (line, formats) in enumerate(lines(group).items()):
-            points = [(found[key].bits, found[key].perplexity, key) for key in formats if key in found]
-            if not points:
+            known = [key for key in formats if key in found]
+            if not known:
                 continue
+            xs = [found[key].bits for key in known]
+            ys = [min(found[key].perplexity, ceiling) for key in known]
             color = CONTROL if line == "round to nearest" else COLORS[index % len(COLORS)]
-            marker = "s" if index >= len(COLORS) else "o"
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], f"{marker}-", color=color, label=line)
-            for x, y, key in points:
-                axes.annotate(key, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+            axes.plot(xs, ys, f"{'s' if index >= len(COLORS) else 'o'}-", color=color, label=line, markersize=5)
+            for key, x, y in zip(known, xs, ys, strict=True):
+                off = found[key].perplexity > ceiling
+                points.append((x, y, f"{key}: {found[key].perplexity:,.0f} \u2191" if off else key))
         axes.plot(
             [found[key].bits for key in front],
-            [found[key].perplexity for key in front],
+            [min(found[key].perplexity, ceiling) for key in front],
             "o",
             markersize=11,
             fillstyle="none",
             color="black",
             label="Pareto front",
         )
-        axes.axhline(found["as loaded"].perplexity, linewidth=0.8, linestyle=":", color="black")
+        axes.axhline(dense, linewidth=0.8, linestyle=":", color="black")
         axes.set_yscale("log")
+        span = ceiling / dense
+        axes.set_ylim(dense * span**-0.06, ceiling * span**0.06)
+        axes.set_xlim(min(x for x, _, _ in points) - 0.75, max(x for x, _, _ in points) + 0.9)
+        ticks = [dense * span ** (step / 5) for step in range(6)]
+        axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("bits a weight of the linear layers, scales and codebooks included")
         axes.set_title(title)
         axes.legend(fontsize=7, frameon=False)
+        _label(axes, points)
+
+
+def _label(axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Write each point's name beside it, on the side where it covers least of what is written already."""
+    taken: list[tuple[float, float, float, float]] = []
+    places = [axes.transData.transform((x, y)) * 72 / axes.figure.dpi for x, y, _ in points]
+    marks = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for (x, y, text), (px, py) in sorted(zip(points, places, strict=True), key=lambda item: -item[1][1]):
+        width, height = 3.9 * len(text), 8.0
+        best, least = (6.0, 3.0), float("inf")
+        for dx, dy in _SIDES:
+            left = px + (dx if dx > 0 else dx - width if dx < 0 else -width / 2)
+            box = (left, py + dy - 1, left + width, py + dy + height)
+            covered = sum(_overlap(box, other) for other in (*taken, *marks)) + 0.02 * (abs(dx) + abs(dy))
+            if covered < least:
+                best, least, chosen = (dx, dy), covered, box
+        taken.append(chosen)
+        side = "left" if best[0] > 0 else "right" if best[0] < 0 else "center"
+        axes.annotate(text, (x, y), textcoords="offset points", xytext=best, fontsize=7, ha=side)
+
+
+_SIDES = [(dx, dy) for dy in (3.0, -9.0, 9.0, -17.0, 17.0, -26.0) for dx in (6.0, -6.0, 0.0, 16.0, -16.0)]
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Return the area that two boxes (left, low, right, high) share."""
+    return max(0.0, min(one[2], other[2]) - max(one[0], other[0])) * max(
+        0.0, min(one[3], other[3]) - max(one[1], other[1])
+    )
