@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("train", "decode", "adapters", "loading", "memory", "compression")
+NAMES = ("train", "decode", "adapters", "loading", "memory", "compression", "autoencoders")
 
 
 def main() -> None:

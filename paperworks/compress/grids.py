@@ -31,7 +31,7 @@ class Grid:
 
     def codes(self, x: Float[Tensor, "*slices members"]) -> Float[Tensor, "*slices members"]:
         """Return the whole q of the nearest grid points, as floats."""
-        return (torch.round(x / self.scale) + self.zero).clamp_(self.low, self.high)
+        return (x / self.scale).round_().add_(self.zero).clamp_(self.low, self.high)
 
     def values(self, codes: Float[Tensor, "*slices members"]) -> Float[Tensor, "*slices members"]:
         """Return the grid points of codes."""

@@ -44,29 +44,20 @@ class Packed:
     """Grids laid out for the kernel; call it with bfloat16 inputs (rows, columns)."""
 
     def __init__(self, grids: Grids, group: int) -> None:
-        self.group = group
+        self.group, self.terms = group, len(grids.codes)
         self.inputs = None if grids.inputs is None else grids.inputs.bfloat16()
         repeats = grids.codes.shape[2] // grids.scales.shape[2] // group
-        self.terms = [
-            (
-                torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1),
-                torch.stack((scales, offsets), -1)
-                .repeat_interleave(repeats, 1)
-                .transpose(0, 1)
-                .bfloat16()
-                .contiguous(),
-            )
-            for codes, scales, offsets in zip(grids.codes, grids.scales, grids.offsets, strict=True)
-        ]
+        # terms side by side, as if the inputs came once for each: their sum is then one product
+        codes, scales, offsets = (torch.cat(tuple(x), 1) for x in (grids.codes, grids.scales, grids.offsets))
+        self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        paired = torch.stack((scales, offsets), -1).repeat_interleave(repeats, 1)
+        self.scales = paired.transpose(0, 1).bfloat16().contiguous()
 
     def __call__(self, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Return x W^T in bfloat16."""
-        x = (x if self.inputs is None else x * self.inputs).contiguous()
-        out: Tensor | None = None
-        for codes, scales in self.terms:
-            term = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.group, scales)
-            out = term if out is None else out + term
-        assert out is not None
+        x = x if self.inputs is None else x * self.inputs
+        x = x.repeat(1, self.terms) if self.terms > 1 else x.contiguous()
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.scales)
         return out
 
 

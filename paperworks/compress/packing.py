@@ -20,13 +20,19 @@ def pack_codes(codes: Int[Tensor, "rows columns"], bits: int) -> UInt8[Tensor, "
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
         raise ValueError(f"codes of {bits} bits are 0..{2**bits - 1}, got {int(codes.min())}..{int(codes.max())}")
     rows, columns = codes.shape
+    codes = codes.to(torch.uint8)
     if bits == 8:
-        return codes.to(torch.uint8).contiguous()
+        return codes.contiguous()
     together = 8 // bits if 8 % bits == 0 else 8  # codes that fill whole bytes
     missing = -columns % together
     padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
-    chunks = padded.reshape(rows, -1, together).long()
-    word = (chunks << (bits * torch.arange(together, device=codes.device))).sum(-1)
+    chunks = padded.reshape(rows, -1, together)
+    if 8 % bits == 0:
+        packed = chunks[..., 0].clone()
+        for place in range(1, together):
+            packed |= chunks[..., place] << (bits * place)
+        return packed
+    word = (chunks.long() << (bits * torch.arange(together, device=codes.device))).sum(-1)
     taken = together * bits // 8
     packed = (word[..., None] >> (8 * torch.arange(taken, device=codes.device))) & 255
     return packed.to(torch.uint8).reshape(rows, -1)[:, : packed_bytes(columns, bits)].contiguous()
