@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Row, compare
 from benchmarks.subjects import VOCAB, pair, peer_model
-from paperworks import adapt
+from benchmarks.train import peer_steps
+from paperworks import adapt, train
 
 BATCH, TIME, STEPS = 4, 128, 3
 TARGETS = ["q_proj", "v_proj"]
@@ -40,3 +41,10 @@ def run() -> Iterator[Row]:
     ours, _ = pair()
     adapt.apply(ours, adapt.LoRA(rank=8, alpha=16), targets="blocks.*.mixer.{query,value}")
     yield compare("LoRA step, our adapter on our model", _trainer(ours, batches, lambda out: out), peer, bar=1.1)
+    settings = train.Settings(steps=STEPS, lr=1e-3, schedule="constant", warmup=0, progress=False, save_every=None)
+    yield compare(
+        "LoRA training, our loop and loss (peer: peft, labels in, clip, AdamW)",
+        lambda: train.fit(ours, train.next_token_loss, batches, settings),
+        lambda: peer_steps(theirs, batches, False),
+        bar=1.1,
+    )
