@@ -51,12 +51,16 @@ class Report:
         return sum(layer.bytes for layer in self.layers)
 
     def __str__(self) -> str:
+        one = {layer.format for layer in self.layers}
         columns = f"{'bits/weight':>11} {'bytes':>14} {'weight error':>13} {'output error':>13}"
-        lines = [f"{'layer':48} {columns}  format"]
+        lines = [f"{'layer':48} {columns}" + ("  format" if len(one) > 1 else "")]
         for x in self.layers:
             errors = " ".join(f"{_share(value):>13}" for value in _errors(x.error))
-            lines.append(f"{x.path:48} {x.bits_per_weight:11.4f} {x.bytes:14,} {errors}  {x.format}")
-        total = f"{len(self.layers)} layers, {self.bits_per_weight:.4f} bits/weight; model {self.model_bytes:,} bytes"
+            form = f"  {x.format}" if len(one) > 1 else ""
+            lines.append(f"{x.path:48} {x.bits_per_weight:11.4f} {x.bytes:14,} {errors}{form}")
+        form = f", all {one.pop()}" if len(one) == 1 else ""
+        total = f"{len(self.layers)} layers, {self.bits_per_weight:.4f} bits/weight{form}; "
+        total += f"model {self.model_bytes:,} bytes"
         if self.after is not None:
             was = "" if self.before is None else f"{self.before:.4f} before, "
             total += f"; perplexity {was}{self.after:.4f} after"
