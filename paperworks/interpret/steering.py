@@ -1,6 +1,6 @@
-"""Control vectors: directions that steer a model when added to its residual stream.
+"""Control vectors: directions that steer a model when added to its residual stream, amplified in it or removed.
 
-Representation engineering (Zou et al. 2023, arXiv:2310.01405) in the form of vgel's repeng (2024).
+Representation engineering (Zou et al. 2023, arXiv:2310.01405), control vectors in the form of vgel's repeng (2024).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +90,41 @@ class ControlVector:
             return edit(model, {path: lambda x: x for path in self.directions})
         return edit(model, {path: steer(direction) for path, direction in self.directions.items()})
 
+    def amplify(self, model: nn.Module, strength: float = 1.0) -> AbstractContextManager[nn.Module]:
+        """Add strength * sign(x . v) * v at every position: more of what is there, in either direction (piecewise).
+
+        For unit v, |x . v| grows by `strength` and keeps its sign; a position with x . v = 0 stays.
+        """
+
+        def push(direction: Tensor) -> Callable[[Tensor], Tensor]:
+            def change(x: Tensor) -> Tensor:
+                v = direction.to(x)
+                return x + strength * torch.sign(x @ v)[..., None] * v
+
+            return change
+
+        return edit(model, {path: push(direction) for path, direction in self.directions.items()})
+
+    def remove(self, model: nn.Module, *, longest: float | None = None) -> AbstractContextManager[nn.Module]:
+        """Project the direction out at every position: x - (x . v / ||v||^2) v, after which x . v = 0.
+
+        Positions with ||x|| above `longest` are left alone: attention sinks, usually the first token, are so long that
+        a share of one taken away disturbs everything that attends to it.
+        """
+
+        def project(path: str, direction: Tensor) -> Callable[[Tensor], Tensor]:
+            if not bool(direction.norm() > 0):
+                raise ValueError(f"the direction at {path} is zero: there is nothing to project out")
+
+            def change(x: Tensor) -> Tensor:
+                v = (direction / direction.norm()).to(x)
+                removed = x - (x @ v)[..., None] * v
+                return removed if longest is None else torch.where(x.norm(dim=-1, keepdim=True) > longest, x, removed)
+
+            return change
+
+        return edit(model, {path: project(path, direction) for path, direction in self.directions.items()})
+
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor:
     if one is None or other is None:
@@ -124,20 +159,56 @@ def control_vector(
     return ControlVector({path: _METHODS[method](positive[path], negative[path]) for path in positive})
 
 
+def random_vector(like: ControlVector, seed: int) -> ControlVector:
+    """Return directions drawn at random, each as long as the one it stands for: the control of a control vector."""
+    draws = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for path, direction in like.directions.items():
+        noise = torch.randn(direction.shape, generator=draws).to(direction)
+        drawn[path] = noise * (direction.norm() / noise.norm())
+    return ControlVector(drawn)
+
+
 def last_token_activations(
-    model: nn.Module, prompts: Sequence[Sequence[int]], targets: Sequence[str]
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[str],
+    *,
+    batch: int = 1,
+    forward: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Float[Tensor, "prompts dim"]]:
-    """Return the outputs of the chosen modules at each prompt's last token (one forward pass a prompt: no padding)."""
+    """Return the outputs of the chosen modules at each prompt's last token.
+
+    Nothing is padded: a forward pass takes up to `batch` prompts of one length.
+
+    Args:
+        model: any module that takes tokens (batch, time).
+        prompts: token ids.
+        targets: glob patterns over module paths whose outputs are (batch, time, dim).
+        batch: how many prompts of equal length share a forward pass.
+        forward: what runs on the tokens, the model itself by default; `model.hidden` of ours spares the logits.
+
+    Raises:
+        ValueError: when a prompt is empty, or `batch` is below 1.
+    """
     from paperworks.interpret.taps import record
 
+    if batch < 1:
+        raise ValueError(f"batch is how many prompts share a forward pass, at least 1, got {batch}")
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: it has no last token")
     device = next(model.parameters()).device
-    rows: dict[str, list[Tensor]] = {}
+    run = forward if forward is not None else model
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    found: dict[str, dict[int, Tensor]] = {}
     with torch.no_grad():
-        for prompt in prompts:
-            if not len(prompt):
-                raise ValueError("a prompt is empty: it has no last token")
-            with record(model, list(targets)) as seen:
-                model(torch.tensor([list(prompt)], device=device))
-            for path, value in seen.items():
-                rows.setdefault(path, []).append(value[0, -1])
-    return {path: torch.stack(values) for path, values in rows.items()}
+        for rows in by_length.values():
+            for start in range(0, len(rows), batch):
+                some = rows[start : start + batch]
+                with record(model, list(targets)) as seen:
+                    run(torch.tensor([list(prompts[row]) for row in some], device=device))
+                for path, value in seen.items():
+                    found.setdefault(path, {}).update(zip(some, value[:, -1].clone(), strict=True))
+    return {path: torch.stack([values[row] for row in range(len(prompts))]) for path, values in found.items()}

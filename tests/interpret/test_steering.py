@@ -85,3 +85,67 @@ def test_last_token_activations_take_each_prompts_own_end():
     with interpret.record(decoder, "blocks.1") as seen:
         decoder(torch.tensor([prompts[1]]))
     assert torch.equal(found["blocks.1"][1], seen["blocks.1"][0, -1])
+
+
+def steered(vector_context, model, x):
+    with vector_context, interpret.record(model, "0") as seen:
+        model(x)
+    return seen["0"]
+
+
+def test_removing_a_direction_leaves_nothing_of_it_and_is_idempotent():
+    model = nn.Sequential(nn.Identity())
+    x, v = torch.randn(2, 3, 12), ControlVector({"0": 7 * torch.randn(12)})
+    once = steered(v.remove(model), model, x)
+    # Float32 rounding of entries of a few units.
+    assert (once @ v.directions["0"]).abs().max() < 1e-4
+    assert torch.allclose(steered(v.remove(model), model, once), once, atol=1e-6)
+    unit = v.directions["0"] / v.directions["0"].norm()
+    assert torch.allclose(once, x - (x @ unit)[..., None] * unit, atol=1e-5)
+    x[0, 0] *= 1000  # an attention sink
+    spared = steered(v.remove(model, longest=100.0), model, x)
+    assert torch.equal(spared[0, 0], x[0, 0])
+    assert torch.equal(spared[1], once[1])
+    with pytest.raises(ValueError, match="is zero"):
+        ControlVector({"0": torch.zeros(12)}).remove(model)
+
+
+def test_amplifying_keeps_the_sign_and_adds_to_the_size():
+    model = nn.Sequential(nn.Identity())
+    x = torch.randn(4, 5, 12)
+    v = torch.nn.functional.normalize(torch.randn(12), dim=0)
+    before, after = x @ v, steered(ControlVector({"0": v}).amplify(model, 3.0), model, x) @ v
+    assert torch.equal(after.sign(), before.sign())
+    assert torch.allclose(after.abs(), before.abs() + 3.0, atol=1e-5)
+    across = torch.zeros(1, 1, 12)
+    assert torch.equal(steered(ControlVector({"0": v}).amplify(model, 3.0), model, across), across)
+
+
+def test_random_vectors_have_the_same_lengths_and_other_directions():
+    v = ControlVector({"0": 3 * torch.ones(400), "1": torch.ones(400)})
+    random = interpret.steering.random_vector(v, 1)
+    for path, direction in v.directions.items():
+        assert abs(random.directions[path].norm() - direction.norm()) < 1e-4
+        # The cosine of random directions has a standard deviation of 1 / 20 here: five of them.
+        assert abs(torch.cosine_similarity(random.directions[path], direction, dim=0)) < 0.25
+    assert torch.equal(random.directions["1"], interpret.steering.random_vector(v, 1).directions["1"])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batches_of_equal_length_keep_the_order_of_the_prompts(batch):
+    from tests.interpret.test_taps import model
+
+    decoder = model.__wrapped__()
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8], [9], [3, 2, 1], [5, 5, 5]]
+    found = interpret.last_token_activations(
+        decoder, prompts, ["blocks.0", "blocks.1"], batch=batch, forward=decoder.hidden
+    )
+    alone = interpret.last_token_activations(decoder, prompts, ["blocks.0", "blocks.1"])
+    assert found.keys() == alone.keys()
+    for path, rows in alone.items():
+        # Kernels for other batch sizes add up in another order.
+        assert torch.allclose(found[path], rows, atol=1e-5)
+    with pytest.raises(ValueError, match="at least 1"):
+        interpret.last_token_activations(decoder, prompts, ["blocks.0"], batch=0)
+    with pytest.raises(ValueError, match="empty"):
+        interpret.last_token_activations(decoder, [[]], ["blocks.0"])
