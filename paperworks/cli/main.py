@@ -18,7 +18,8 @@ COMMANDS = {
     "chat": ("paperworks.cli.chat", "talk to a model"),
     "sample": ("paperworks.cli.sample", "let a model continue a text"),
     "quantize": ("paperworks.cli.quantize", "store a model's layers in fewer bits and save it"),
-    "inspect": ("paperworks.cli.inspect", "show what a model is made of"),
+    "inspect": ("paperworks.cli.inspect", "show what a model is made of, or what it makes of a prompt"),
+    "features": ("paperworks.cli.features", "write a page of what a sparse autoencoder's features do"),
 }
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -1,0 +1,79 @@
+"""Sparse autoencoders: dictionaries of directions in a model's activations; every kind on one buffer and one loop."""
+
+from paperworks.interpret.sae.activations import Activations
+from paperworks.interpret.sae.annealing import Annealing
+from paperworks.interpret.sae.attention_output import (
+    HeadAttribution,
+    attribute_to_heads,
+    head_shares,
+    merged_heads,
+    through_values,
+)
+from paperworks.interpret.sae.autoencoder import SparseAutoencoder, SparseAutoencoderSpec
+from paperworks.interpret.sae.dashboard import FeatureView, feature_views
+from paperworks.interpret.sae.directions import geometric_median
+from paperworks.interpret.sae.end_to_end import EndToEnd
+from paperworks.interpret.sae.files import load, noted_tap, save
+from paperworks.interpret.sae.gated import Gated
+from paperworks.interpret.sae.geometry import Attribution, Neighbours, ablate, attribute, neighbours, project
+from paperworks.interpret.sae.jumprelu import JumpReLU, jump_relu, step
+from paperworks.interpret.sae.measures import Quality, Recovery, best_cosines, measure, recovery
+from paperworks.interpret.sae.planted import Families, Planted
+from paperworks.interpret.sae.sparse import Latents
+from paperworks.interpret.sae.splice import Spliced, loss_recovered, splice
+from paperworks.interpret.sae.standard import Standard
+from paperworks.interpret.sae.stitching import groups, insertion_effects, interpolate, nearest_cosines, stitch
+from paperworks.interpret.sae.topk import TopK, normalized_error, with_fixed_threshold
+from paperworks.interpret.sae.training import Resampling, Training, resample
+
+__all__ = [
+    "Activations",
+    "Annealing",
+    "Attribution",
+    "EndToEnd",
+    "Families",
+    "FeatureView",
+    "Gated",
+    "HeadAttribution",
+    "JumpReLU",
+    "Latents",
+    "Neighbours",
+    "Planted",
+    "Quality",
+    "Recovery",
+    "Resampling",
+    "SparseAutoencoder",
+    "SparseAutoencoderSpec",
+    "Spliced",
+    "Standard",
+    "TopK",
+    "Training",
+    "ablate",
+    "attribute",
+    "attribute_to_heads",
+    "best_cosines",
+    "feature_views",
+    "geometric_median",
+    "groups",
+    "head_shares",
+    "insertion_effects",
+    "interpolate",
+    "jump_relu",
+    "load",
+    "loss_recovered",
+    "measure",
+    "merged_heads",
+    "nearest_cosines",
+    "neighbours",
+    "normalized_error",
+    "noted_tap",
+    "project",
+    "recovery",
+    "resample",
+    "save",
+    "splice",
+    "step",
+    "stitch",
+    "through_values",
+    "with_fixed_threshold",
+]
