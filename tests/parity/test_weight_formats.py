@@ -1,4 +1,4 @@
-"""Weight formats beside the libraries that made them known: torchao, optimum-quanto and aqlm on the same numbers."""
+"""Weight formats beside the libraries that made them known: torchao and aqlm on the same numbers."""
 
 import pytest
 import torch
@@ -51,30 +51,6 @@ def test_groups_equal_torchao(bits, symmetric):
     ours = form.encode(weight)
     torch.testing.assert_close(ours["scales"].view(scale.shape), scale.float(), rtol=2e-7, atol=0)
     assert torch.equal(unpack_codes(ours["codes"], bits, SHAPE[1]).int() + (low if symmetric else 0), codes.int())
-
-
-def test_eight_bits_a_row_equal_quanto():
-    from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
-
-    weight = weights(2)
-    scale = AbsmaxOptimizer()(weight, qint8, 0)
-    theirs = quantize_weight(weight, qint8, 0, scale, optimized=False)
-    form = Int8(scale_dtype="float32")
-    ours = form.encode(weight)
-    torch.testing.assert_close(ours["scales"][:, None], scale, rtol=2e-7, atol=0)
-    assert torch.equal(ours["codes"], theirs._data)
-    torch.testing.assert_close(form.decode(ours, SHAPE), theirs.dequantize(), rtol=3e-7, atol=0)
-
-
-def test_four_bits_in_groups_decode_as_quanto_decodes_them():
-    """Its zero points need not be whole; given ours, its codes and its numbers are ours."""
-    from optimum.quanto import qint4, quantize_weight
-
-    weight, form = weights(3), Uniform(bits=4, group=32, scale_dtype="float32")
-    ours = form.encode(weight)
-    zero = unpack_codes(ours["zeros"][None], 4, len(ours["scales"]))[0].to(torch.int8)
-    theirs = quantize_weight(weight, qint4, 0, ours["scales"][:, None], zero[:, None], group_size=32, optimized=False)
-    torch.testing.assert_close(form.decode(ours, SHAPE), theirs.dequantize(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
