@@ -10,7 +10,9 @@ from paperworks.interpret.sae.attention_output import (
     through_values,
 )
 from paperworks.interpret.sae.autoencoder import SparseAutoencoder, SparseAutoencoderSpec
-from paperworks.interpret.sae.dashboard import FeatureView, feature_views
+from paperworks.interpret.sae.autointerp import ChatModel, Score, detection, explain, fuzzing, hold_out, silent_excerpts
+from paperworks.interpret.sae.clamping import clamp, largest_strengths, push
+from paperworks.interpret.sae.dashboard import Excerpt, FeatureView, feature_views
 from paperworks.interpret.sae.directions import geometric_median
 from paperworks.interpret.sae.end_to_end import EndToEnd
 from paperworks.interpret.sae.files import load, noted_tap, save
@@ -30,7 +32,9 @@ __all__ = [
     "Activations",
     "Annealing",
     "Attribution",
+    "ChatModel",
     "EndToEnd",
+    "Excerpt",
     "Families",
     "FeatureView",
     "Gated",
@@ -42,6 +46,7 @@ __all__ = [
     "Quality",
     "Recovery",
     "Resampling",
+    "Score",
     "SparseAutoencoder",
     "SparseAutoencoderSpec",
     "Spliced",
@@ -52,13 +57,19 @@ __all__ = [
     "attribute",
     "attribute_to_heads",
     "best_cosines",
+    "clamp",
+    "detection",
+    "explain",
     "feature_views",
+    "fuzzing",
     "geometric_median",
     "groups",
     "head_shares",
+    "hold_out",
     "insertion_effects",
     "interpolate",
     "jump_relu",
+    "largest_strengths",
     "load",
     "loss_recovered",
     "measure",
@@ -68,9 +79,11 @@ __all__ = [
     "normalized_error",
     "noted_tap",
     "project",
+    "push",
     "recovery",
     "resample",
     "save",
+    "silent_excerpts",
     "splice",
     "step",
     "stitch",
