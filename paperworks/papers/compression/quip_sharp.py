@@ -47,15 +47,16 @@ def lattice_beats_grid(lab: Lab) -> Verdict:
     """Round layers of SmolLM2 at 2, 3 and 4 bits and compare the output errors on text."""
     layers, words = calibrated_layers(lab)
     found: dict[str, list[float]] = {}
-    for layer in lab.track(layers, "layers"):
-        for bits in (2, 3, 4):
-            for name, value in (
-                ("QuIP#", layer.loss_in(QuIPSharp(bits=bits))),
-                ("QuIP", layer.loss_in(QuIP(bits=bits))),
-                ("GPTQ", layer.loss_by_row(bits, feedback=True)),
-            ):
-                found.setdefault(f"{name}, {bits} bits", []).append(value)
-        found.setdefault("QuIP#, one pass", []).append(layer.loss_in(QuIPSharp(passes=0)))
+    with lab.threads(1):  # columns are rounded eight at a time: steps too small for two threads
+        for layer in lab.track(layers, "layers"):
+            for bits in (2, 3, 4):
+                for name, value in (
+                    ("QuIP#", layer.loss_in(QuIPSharp(bits=bits))),
+                    ("QuIP", layer.loss_in(QuIP(bits=bits))),
+                    ("GPTQ", layer.loss_by_row(bits, feedback=True)),
+                ):
+                    found.setdefault(f"{name}, {bits} bits", []).append(value)
+            found.setdefault("QuIP#, one pass", []).append(layer.loss_in(QuIPSharp(passes=0)))
     mean = {name: geometric_mean(values) for name, values in found.items()}
     _draw_curves(lab, mean)
     lab.table(
