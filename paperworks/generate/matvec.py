@@ -10,6 +10,7 @@ Everything else (devices, many rows, gradients, subclasses) takes torch's path.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paperworks.compress.linear import CompressedLinear
-from paperworks.compress.packed import pack
+from paperworks.compress.packed import Packed, pack
 from paperworks.nn.half_precision import has_native_products
 
 MOST_ROWS = 16  # beyond this torch's blocked matrix product is the faster one
@@ -85,8 +86,7 @@ def _packed(module: CompressedLinear) -> Callable[[Tensor], Tensor] | None:
         return None
     if any(tensor.requires_grad for tensor in module.stored.values()):
         return None
-    grids = module.format.grids(module.stored, module.shape)
-    packed = None if grids is None else pack(grids)
+    packed = _packed_once(module)
     if packed is None:
         return None
     usual = module.forward
@@ -99,6 +99,25 @@ def _packed(module: CompressedLinear) -> Callable[[Tensor], Tensor] | None:
         return out if module.bias is None else out.add_(module.bias.to(out.dtype))
 
     return forward
+
+
+# Laying codes out takes seconds for a whole model, so it is done once a layer and kept as long as the layer: 4 bits a
+# weight more (8 for codebooks). Another weight in the layer means other tensors, or other versions of them; the tensors
+# themselves are kept for the comparison, for an address may be used again.
+_KEPT: WeakKeyDictionary[CompressedLinear, tuple[list[tuple[Tensor, int]], Packed | None]] = WeakKeyDictionary()
+
+
+def _packed_once(module: CompressedLinear) -> Packed | None:
+    stored = list(module.stored.values())
+    known = _KEPT.get(module)
+    if known is not None and len(known[0]) == len(stored):
+        pairs = zip(known[0], stored, strict=True)
+        if all(before is now and version == now._version for (before, version), now in pairs):
+            return known[1]
+    grids = module.format.grids(module.stored, module.shape)
+    packed = None if grids is None else pack(grids)
+    _KEPT[module] = ([(tensor, tensor._version) for tensor in stored], packed)
+    return packed
 
 
 def _half(module: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -160,3 +160,22 @@ def test_biases_are_added():
             assert apart(holder(x), wanted) < 0.02
             assert "forward" in vars(layer)
     assert "forward" not in vars(layer)
+
+
+def test_codes_are_laid_out_once_a_layer_and_again_when_they_change(monkeypatch):
+    made = []
+    build = Packed.__init__
+    monkeypatch.setattr(Packed, "__init__", lambda self, *given: made.append(1) or build(self, *given))
+    holder = torch.nn.Sequential(CompressedLinear(NF4(), torch.randn(32, 64)).bfloat16())
+    x = torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        for _ in range(3):
+            with fast_linears(holder):
+                holder(x)
+        assert len(made) == 1
+        other = torch.randn(32, 64)
+        holder[0].encode_weight(other)
+        with fast_linears(holder):
+            found = holder(x)
+    assert len(made) == 2
+    assert apart(found, x.float() @ other.T) < 0.2  # four bits; the old weight would be off by more than 1
