@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from paperworks.cli.loading import load_model
 from paperworks.cli.options import parse
+from paperworks.cli.pages import render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +113,4 @@ def page(views: Sequence[FeatureView], text_of: Callable[[int], str], title: str
             for view in views
         ]
     }
-    template = Template(resources.files("paperworks.cli").joinpath("features_page.html").read_text(encoding="utf-8"))
-    # "<" could end the script element that holds the data
-    encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return template.substitute(title=html.escape(title), about=html.escape(about), data=encoded)
+    return render("features_page.html", title, about, data)

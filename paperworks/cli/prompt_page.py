@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
-import json
 from collections.abc import Callable, Sequence
-from importlib import resources
-from string import Template
 from typing import TYPE_CHECKING
+
+from paperworks.cli.pages import render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +42,7 @@ def page(view: PromptView, text_of: Callable[[int], str], title: str, about: str
             [[x.path, x.unit, round(x.activation, 3), round(x.effect, 3)] for x in some] for some in view.neurons
         ],
     }
-    template = Template(resources.files("paperworks.cli").joinpath("prompt_page.html").read_text(encoding="utf-8"))
-    # "<" could end the script element that holds the data
-    encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return template.substitute(title=html.escape(title), about=html.escape(about), data=encoded)
+    return render("prompt_page.html", title, about, data)
 
 
 def _rounded(values: list[object], digits: int) -> list[object]:
