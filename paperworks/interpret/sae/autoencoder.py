@@ -36,6 +36,30 @@ class SparseAutoencoderSpec(Spec):
         """Return an autoencoder of activations of size `dim`, its weights drawn from torch's generator."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PenalizedSpec(SparseAutoencoderSpec):
+    """A kind whose sparsity comes from a penalty in the loss.
+
+    penalty: weight of the sparsity term. warmup: share of the steps over which it rises from 0.
+    """
+
+    penalty: float
+    warmup: float = 0.1
+
+    def validate(self) -> None:
+        """Check both numbers."""
+        super().validate()
+        require_positive(self, "penalty")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(
+                f"{type(self).__name__}.warmup must be a share of the training steps in [0, 1], got {self.warmup}"
+            )
+
+    def weight(self, progress: float) -> float:
+        """Return the penalty's weight when `progress`, a share of the steps, is done."""
+        return warmed(self.penalty, self.warmup, progress)
+
+
 class SparseAutoencoder(nn.Module):
     """latents = encode(x), sparse and not negative; decode(latents) = sum_i latents_i * decoder_i + decoder_bias.
 
@@ -163,13 +187,6 @@ class SparseAutoencoder(nn.Module):
 def warmed(weight: float, warmup: float, progress: float) -> float:
     """Return a penalty's weight, which rises linearly from 0 over the first `warmup` share of training."""
     return weight * min(1.0, progress / warmup) if warmup > 0 else weight
-
-
-def require_share(spec: Spec, name: str) -> None:
-    """Raise ValueError when a spec's field is not a share in [0, 1]."""
-    value = getattr(spec, name)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{type(spec).__name__}.{name} must be a share of the training steps in [0, 1], got {value}")
 
 
 def require_positive(spec: Spec, name: str) -> None:

@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from paperworks.interpret.sae.annealing import AnnealedPenalty, Annealing
 from paperworks.interpret.sae.autoencoder import (
     Metrics,
+    PenalizedSpec,
     SparseAutoencoder,
-    SparseAutoencoderSpec,
-    require_positive,
-    require_share,
     squared_error,
-    warmed,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gated(SparseAutoencoderSpec):
+class Gated(PenalizedSpec):
     """f = 1[pi > 0] * ReLU(W_mag (x - b_d) + b_mag) with pi = W_gate (x - b_d) + b_gate, W_mag,i = exp(r_i) W_gate,i.
 
     Loss = mean ||x - x'||^2 + penalty * mean sum_i ReLU(pi)_i + mean ||x - (W_d ReLU(pi) + b_d)||^2, where the last
@@ -34,15 +31,7 @@ class Gated(SparseAutoencoderSpec):
     Train with Adam's beta1 at 0, as its authors do.
     """
 
-    penalty: float
-    warmup: float = 0.1
     annealing: Annealing | None = None
-
-    def validate(self) -> None:
-        """Check the numbers."""
-        super().validate()
-        require_positive(self, "penalty")
-        require_share(self, "warmup")
 
     def build(self, dim: int) -> GatedAutoencoder:
         """Return an untrained autoencoder."""
@@ -95,7 +84,7 @@ class GatedAutoencoder(SparseAutoencoder):
         error = squared_error(x, latents @ self.trained_decoder() + self.decoder_bias)
         auxiliary = squared_error(x, opened @ self.decoder.detach() + self.decoder_bias.detach())
         sparsity = opened.sum(dim=-1).mean() if self.annealed is None else self.annealed(opened, progress)
-        penalty = warmed(self.spec.penalty, self.spec.warmup, progress)
+        penalty = self.spec.weight(progress)
         metrics = {
             "error": error.detach(),
             "auxiliary": auxiliary.detach(),

@@ -16,17 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from paperworks.interpret.sae.autoencoder import (
     Metrics,
+    PenalizedSpec,
     SparseAutoencoder,
-    SparseAutoencoderSpec,
-    require_positive,
-    require_share,
     squared_error,
-    warmed,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class JumpReLU(SparseAutoencoderSpec):
+class JumpReLU(PenalizedSpec):
     """f = pre * 1[pre > theta], pre = ReLU(W_e x + b_e), x' = W_d f + b_d; loss = mean ||x - x'||^2 + penalty * L0.
 
     theta = exp(log_threshold) a latent, L0 the mean number of latents that are on. The paper's activations have a mean
@@ -39,16 +36,12 @@ class JumpReLU(SparseAutoencoderSpec):
     Train with Adam's beta1 at 0, as its authors do.
     """
 
-    penalty: float
     threshold: float = 0.001
     bandwidth: float = 0.001
-    warmup: float = 0.1
 
     def validate(self) -> None:
         """Check the numbers."""
         super().validate()
-        require_positive(self, "penalty")
-        require_share(self, "warmup")
         for name in ("threshold", "bandwidth"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"JumpReLU.{name} must be positive and finite, got {getattr(self, name)}")
@@ -96,7 +89,7 @@ class JumpReLUAutoencoder(SparseAutoencoder):
         self.see(latents)
         error = squared_error(x, latents @ self.trained_decoder() + self.decoder_bias)
         count = step(before, threshold, self.spec.bandwidth).sum(dim=-1).mean()
-        penalty = warmed(self.spec.penalty, self.spec.warmup, progress)
+        penalty = self.spec.weight(progress)
         return error + penalty * count, {"error": error.detach(), "l0": count.detach()}
 
 

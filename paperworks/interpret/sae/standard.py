@@ -16,19 +16,16 @@ from torch import Tensor, nn
 from paperworks.interpret.sae.annealing import AnnealedPenalty, Annealing
 from paperworks.interpret.sae.autoencoder import (
     Metrics,
+    PenalizedSpec,
     SparseAutoencoder,
-    SparseAutoencoderSpec,
-    require_positive,
-    require_share,
     squared_error,
-    warmed,
 )
 
 FREE_NORM = 0.1  # length of decoder rows at the start where it is free (Circuits Updates, April 2024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standard(SparseAutoencoderSpec):
+class Standard(PenalizedSpec):
     """f = ReLU(W_e (x - b_d) + b_e), x' = W_d f + b_d; loss = mean ||x - x'||^2 + penalty * mean sum_i f_i ||W_d,i||.
 
     decoder: "unit" keeps every ||W_d,i|| at 1 (Bricken et al. 2023). "weighted" leaves the lengths free, for they are
@@ -40,7 +37,6 @@ class Standard(SparseAutoencoderSpec):
     annealing: replaces f_i by f_i^p with p falling from 1 (Karvonen et al. 2024); "unit" only.
     """
 
-    penalty: float
     decoder: Literal["unit", "weighted"] = "unit"
     warmup: float = 0.05  # Circuits Updates, April 2024
     annealing: Annealing | None = None
@@ -48,8 +44,6 @@ class Standard(SparseAutoencoderSpec):
     def validate(self) -> None:
         """Check the numbers, and that annealing meets the decoder it is defined for."""
         super().validate()
-        require_positive(self, "penalty")
-        require_share(self, "warmup")
         if self.annealing is not None and self.decoder != "unit":
             raise ValueError("Standard.annealing needs decoder='unit': powers of f are no longer a length times f")
 
@@ -97,7 +91,7 @@ class StandardAutoencoder(SparseAutoencoder):
         self.see(latents)
         decoder = self.trained_decoder()
         error = squared_error(x, latents @ decoder + self.decoder_bias)
-        penalty = warmed(self.spec.penalty, self.spec.warmup, progress)
+        penalty = self.spec.weight(progress)
         if self.annealed is not None:
             sparsity = self.annealed(latents, progress)
         elif self.unit_norm:
