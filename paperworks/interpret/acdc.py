@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from paperworks.interpret.edges import EdgeGraph
+from paperworks.interpret.separation import auroc
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,7 @@ def recovery_auc(
     scores: Float[Tensor, "receivers senders"], truth: Bool[Tensor, "receivers senders"], graph: EdgeGraph
 ) -> float:
     """Return the area under the ROC curve of ranking edges by score: the chance that a true edge outranks another."""
-    right, wrong = scores[truth & graph.possible], scores[~truth & graph.possible]
-    if not len(right) or not len(wrong):
-        raise ValueError(f"an AUC needs true and false edges; there are {len(right)} and {len(wrong)}")
-    ahead = (right[:, None] > wrong).double() + 0.5 * (right[:, None] == wrong).double()
-    return ahead.mean().item()
+    right = int((truth & graph.possible).sum())
+    if not 0 < right < len(graph):
+        raise ValueError(f"an AUC needs true and false edges; there are {right} and {len(graph) - right}")
+    return auroc(scores[graph.possible], truth[graph.possible])

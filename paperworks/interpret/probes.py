@@ -183,10 +183,15 @@ def _newton(
     )
 
 
-def leading_component(rows: Float[Tensor, "n dim"], *, center: bool = True) -> Float[Tensor, " dim"]:
-    """Return the unit direction in which rows vary most (their first principal component), in float64.
+def principal_components(
+    rows: Float[Tensor, "n dim"], count: int, *, center: bool = True
+) -> Float[Tensor, "count dim"]:
+    """Return the unit directions of largest variance (or, not centred, second moment), in descending order, in float64.
 
-    Its sign is arbitrary. With `center` False it is the direction of the largest second moment.
+    Their signs are arbitrary.
+
+    Raises:
+        ValueError: when the rows do not have so many directions.
     """
     cases = as_cases(rows)
     if center:
@@ -194,7 +199,17 @@ def leading_component(rows: Float[Tensor, "n dim"], *, center: bool = True) -> F
     _, values, directions = torch.linalg.svd(cases, full_matrices=False)
     if not bool(values[0] > 0):
         raise ValueError("the rows are all alike: there is no direction in which they vary")
-    return directions[0]
+    rank = int((values > values[0] * 1e-10).sum())
+    if not 1 <= count <= rank:
+        raise ValueError(
+            f"these {len(cases)} rows have {rank} principal components, so count is 1 to {rank}, got {count}"
+        )
+    return directions[:count]
+
+
+def leading_component(rows: Float[Tensor, "n dim"], *, center: bool = True) -> Float[Tensor, " dim"]:
+    """Return the first of the `principal_components`."""
+    return principal_components(rows, 1, center=center)[0]
 
 
 def random_probe(dim: int, seed: int) -> Probe:

@@ -13,29 +13,9 @@ from torch import Tensor
 
 from paperworks.errors import unknown
 from paperworks.interpret.labels import as_cases
-from paperworks.interpret.probes import Probe, logistic
+from paperworks.interpret.probes import Probe, logistic, principal_components
 
 Mode = Literal["single", "paired"]
-
-
-def principal_components(
-    rows: Float[Tensor, "n dim"], count: int, *, center: bool = True
-) -> Float[Tensor, "count dim"]:
-    """Return the unit directions of largest variance (or second moment), in descending order, in float64.
-
-    Raises:
-        ValueError: when the rows do not have so many directions.
-    """
-    cases = as_cases(rows)
-    if center:
-        cases = cases - cases.mean(0)
-    _, values, directions = torch.linalg.svd(cases, full_matrices=False)
-    rank = int((values > values[0] * 1e-10).sum()) if bool(values[0] > 0) else 0
-    if not 1 <= count <= rank:
-        raise ValueError(
-            f"these {len(cases)} rows have {rank} principal components, so count is 1 to {rank}, got {count}"
-        )
-    return directions[:count]
 
 
 def fit_ranking(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +40,31 @@ def auroc(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"] | Int[Tensor, 
     values = scores.detach().double()
     if not bool(torch.isfinite(values).all()):
         raise ValueError("a score is not finite: ranks need numbers that can be ordered")
-    _, place, count = values.unique(sorted=True, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    rank = (last - (count.double() - 1) / 2)[place]  # of equal scores, the mean of their ranks
+    rank = ranks(values)
     inside = int(truth.sum())
     outside = len(values) - inside
     return float((rank[truth].sum() - inside * (inside + 1) / 2) / (inside * outside))
+
+
+def ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return each value's rank from 1, in float64; equal values share the mean of their ranks."""
+    _, place, count = values.detach().unique(sorted=True, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count.double() - 1) / 2)[place]
+
+
+def rank_correlation(one: Sequence[float] | Float[Tensor, " n"], other: Sequence[float] | Float[Tensor, " n"]) -> float:
+    """Return Spearman's correlation: Pearson's of the ranks, 1 where both lists order alike.
+
+    Raises:
+        ValueError: for lists of unequal length, or one whose values are all equal.
+    """
+    first, second = (torch.as_tensor(values, dtype=torch.float64) for values in (one, other))
+    if first.shape != second.shape or first.dim() != 1:
+        raise ValueError(f"a rank correlation takes two lists of one length, got {len(first)} and {len(second)}")
+    if any(bool((values == values[0]).all()) for values in (first, second)):
+        raise ValueError("the values of a list are all equal (or it has one): there is no order to compare")
+    return float(torch.corrcoef(torch.stack([ranks(first), ranks(second)]))[0, 1])
 
 
 def wilson(correct: int, n: int) -> Estimate:

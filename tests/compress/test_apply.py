@@ -40,7 +40,7 @@ def test_the_report_counts_bytes_and_errors_and_scores():
         assert layer.bytes == sum(x.nbytes for x in module.stored.values())
         rows, columns = module.shape
         assert layer.bits_per_weight == pytest.approx(LEARNED.bits_per_weight((rows, columns)))
-        dense = original.get_submodule(layer.path).weight
+        dense = original.get_submodule(layer.path).weight.detach()
         difference = dense - module.decoded_weight()
         assert layer.error.weight == pytest.approx(float(difference.norm() / dense.norm()), rel=1e-5)
         assert 0 < layer.error.output < 0.3

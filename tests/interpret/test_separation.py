@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from paperworks.interpret.separation import Estimate, accuracy, auroc, bootstrap, wilson
+from paperworks.interpret.separation import Estimate, accuracy, auroc, bootstrap, rank_correlation, ranks, wilson
 
 
 def counted(scores, labels):
@@ -90,3 +90,17 @@ def test_impossible_questions_are_refused():
         bootstrap(lambda rows: 0.0, 3, draws=1)
     with pytest.raises(ValueError, match="no rows"):
         bootstrap(lambda rows: 0.0, 0)
+
+
+def test_rank_correlation_is_pearsons_of_mean_ranks():
+    one, other = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0], [2.0, 7.0, 1.0, 8.0, 2.0, 8.0]
+    by_hand = torch.tensor([[3, 1.5, 4, 1.5, 5, 6], [2.5, 4, 1, 5.5, 2.5, 5.5]], dtype=torch.float64)
+    assert torch.equal(ranks(torch.tensor(one)), by_hand[0])
+    assert rank_correlation(one, other) == pytest.approx(float(torch.corrcoef(by_hand)[0, 1]), abs=1e-12)
+    values = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    assert rank_correlation(values, values.exp()) == pytest.approx(1.0)
+    assert rank_correlation(values, -values) == pytest.approx(-1.0)
+    with pytest.raises(ValueError, match="one length, got 2 and 3"):
+        rank_correlation([1.0, 2.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="no order to compare"):
+        rank_correlation([1.0, 1.0], [1.0, 2.0])

@@ -49,16 +49,16 @@ class Layer:
 
 
 @torch.no_grad()
-def calibrated_layers(lab: Lab) -> tuple[list[Layer], str]:
-    """Return layers of three blocks (in a smoke run one of a stand-in), and in words what text their inputs are of."""
+def calibrated_layers(lab: Lab, blocks: tuple[int, ...] = (0, 14, 29)) -> tuple[list[Layer], str]:
+    """Return layers of some blocks (in a smoke run one of a stand-in), and in words what text their inputs are of."""
     model = smollm2(lab)
     text = scored_text(model.tokenizer, lab.pick(smoke=48, small=2048, large=16_384))
-    targets = lab.pick(smoke=["blocks.0.mixer.value"], small=[f"blocks.{n}.*" for n in (0, 14, 29)])
+    targets = lab.pick(smoke=["blocks.0.mixer.value"], small=[f"blocks.{n}.*" for n in blocks])
     layers = select_linears(model, targets)
     windows = [window[None] for window in text.tokens.to(lab.device).split(512)]
     seen = stages(model, list(layers), Calibration(windows, sequential=False), ["second_moment"])
-    found = [Layer(path, weight_of(layers[path]).float(), stage.statistics) for stage in seen for path in stage.paths]
-    return found, text.words
+    weights = {path: weight_of(layer).detach().float() for path, layer in layers.items()}
+    return [Layer(path, weights[path], stage.statistics) for stage in seen for path in stage.paths], text.words
 
 
 def geometric_mean(values: list[float]) -> float:

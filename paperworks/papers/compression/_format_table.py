@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paperworks import compress, train
 from paperworks.compress import WeightFormat
 from paperworks.compress.ggml_format import K_FALLBACKS
+from paperworks.interpret.separation import rank_correlation as rank_correlation  # for the paper beside this file
 from paperworks.lab import Lab
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.papers.compression._choices import Choice, answered
@@ -112,12 +113,6 @@ def pareto(scores: Mapping[str, Score]) -> list[str]:
         if not best or scores[name].bits < scores[best[-1]].bits:
             best.append(name)
     return best
-
-
-def rank_correlation(one: Iterable[float], other: Iterable[float]) -> float:
-    """Return Spearman's correlation of two lists without ties."""
-    ranks = [torch.tensor(list(values)).argsort().argsort().double() for values in (one, other)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def show(lab: Lab, title: str, found: Mapping[str, Score]) -> list[str]:

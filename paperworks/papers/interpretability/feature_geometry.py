@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from paperworks import interpret, train
 from paperworks.interpret import sae
+from paperworks.interpret.separation import rank_correlation
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
 from paperworks.papers.interpretability._planted import BATCH, settings
@@ -190,8 +191,8 @@ def attribution_predicts_ablation(lab: Lab) -> Verdict:
     dictionary = _fitted(lab, rows)
     dictionary.rescale(1 / rows.factor)
     effects = _effects(lab, model, dictionary)
-    ours = _spearman(effects.attributed, effects.true)
-    control = _spearman(effects.strength, effects.true)
+    ours = rank_correlation(effects.attributed, effects.true)
+    control = rank_correlation(effects.strength, effects.true)
     with lab.figure("attribution", figsize=(5.2, 4.2)) as figure:
         axes = figure.subplots()
         axes.axline((0, 0), slope=1, color=CONTROL, linewidth=1, linestyle=":")
@@ -261,12 +262,6 @@ def _effects(lab: Lab, model: nn.Module, dictionary: sae.SparseAutoencoder) -> E
 
 def _difference(logits: Float[Tensor, "1 time vocab"], right: int, rival: int) -> Tensor:
     return logits[0, -1, right] - logits[0, -1, rival]
-
-
-def _spearman(one: list[float], other: list[float]) -> float:
-    """Return the correlation of ranks."""
-    ranks = torch.stack([torch.tensor(values).argsort().argsort().double() for values in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 @paper.claim(

@@ -54,7 +54,7 @@ def _spec(penalty: float) -> sae.Standard:
 
 
 def _length(run: Trained) -> float:
-    return float(run.model.decoder.norm(dim=1).mean())
+    return float(run.model.decoder.detach().norm(dim=1).mean())
 
 
 @paper.claim(
