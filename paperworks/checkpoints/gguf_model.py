@@ -197,7 +197,7 @@ def metadata_from_spec(spec: Decoder, name: str) -> dict[str, object]:
     architecture = {"llama": "llama", "qwen2": "qwen2", "gemma": "gemma"}.get(kind)
     if (
         architecture is None
-        or mixer.position is None
+        or not isinstance(mixer.position, RoPE)
         or not isinstance(feedforward, GatedMLP)
         or not isinstance(norm, RMSNorm)
         or (mixer.position.scaling is not None and not isinstance(mixer.position.scaling, Llama3Scaling))

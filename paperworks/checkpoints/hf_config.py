@@ -155,8 +155,8 @@ def _scaling(entry: Config, trained: int, context: int) -> RoPEScaling | None:
     raise ValueError(unknown("rope_type", str(kind), ["default", "linear", "dynamic", "yarn", "llama3", "longrope"]))
 
 
-def _rope_config(rope: RoPE | None) -> dict[str, Any]:
-    if rope is None or rope.layout != "half":
+def _rope_config(rope: object) -> dict[str, Any]:
+    if not isinstance(rope, RoPE) or rope.layout != "half":
         raise ValueError("these families rotate half-split pairs")
     entry: dict[str, Any] = {"rope_type": "default"}
     match rope.scaling:
@@ -430,8 +430,8 @@ def _write_neox(spec: Decoder) -> dict[str, Any]:
         "use_parallel_residual": block.arrangement == "parallel",
         "tie_word_embeddings": spec.tied,
         "initializer_range": spec.init_std,
-        "rotary_pct": rope.fraction if rope else None,
-        "rotary_emb_base": rope.base if rope else None,
+        "rotary_pct": rope.fraction if isinstance(rope, RoPE) else None,
+        "rotary_emb_base": rope.base if isinstance(rope, RoPE) else None,
         **_rope_config(rope),
     }
 

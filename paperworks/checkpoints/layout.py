@@ -151,8 +151,7 @@ def import_weights(
         shapes = [wanted[name].shape for name in rule.ours]
         for name, tensor in zip(rule.ours, rule.codec.split(source.load(rule.theirs), shapes), strict=True):
             set_parameter(model, name, tensor.to(dtype or tensor.dtype).contiguous())
-    if spec.tied:
-        model.unembedding.weight = model.embedding.weight
+    model.tie()
     return model.eval()
 
 

@@ -1,8 +1,24 @@
-"""Specs that assemble parts into models, and the named presets."""
+"""Specs that assemble parts into whole models, and the presets with published sizes."""
 
 from paperworks.models.block import Block
 from paperworks.models.counting import count_parameters
 from paperworks.models.decoder import Decoder, DecoderModel
+from paperworks.models.encoder import Encoder, EncoderModel
 from paperworks.models.presets import preset, presets
+from paperworks.models.seq2seq import Seq2Seq, Seq2SeqModel
+from paperworks.models.stack import Stack, StackModel
 
-__all__ = ["Block", "Decoder", "DecoderModel", "count_parameters", "preset", "presets"]
+__all__ = [
+    "Block",
+    "Decoder",
+    "DecoderModel",
+    "Encoder",
+    "EncoderModel",
+    "Seq2Seq",
+    "Seq2SeqModel",
+    "Stack",
+    "StackModel",
+    "count_parameters",
+    "preset",
+    "presets",
+]

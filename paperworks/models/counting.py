@@ -3,15 +3,18 @@
 import torch
 from torch import nn
 
-from paperworks.models.decoder import Decoder
+from paperworks.models.seq2seq import Seq2Seq
+from paperworks.models.stack import Stack
 
 
-def count_parameters(model: Decoder | nn.Module, *, embedding: bool = True) -> int:
+def count_parameters(model: Stack | Seq2Seq | nn.Module, *, embedding: bool = True) -> int:
     """Return the number of parameters, tied ones once; without the (un)embedding tables if `embedding` is False."""
-    if isinstance(model, Decoder):
+    if isinstance(model, Stack | Seq2Seq):
         with torch.device("meta"):
             model = model.build()
-    skip = set() if embedding else {id(p) for name, p in model.named_parameters() if name.split(".")[0] in _TABLES}
+    skip = (
+        set() if embedding else {id(p) for name, p in model.named_parameters() if _TABLES.intersection(name.split("."))}
+    )
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in skip)
 
 

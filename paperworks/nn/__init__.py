@@ -1,13 +1,14 @@
 """Parts of networks, each a spec that builds a module: attention, positions, norms, feed-forward."""
 
+from paperworks.nn.absolute import AbsolutePositions, LearnedPositions, SinusoidalPositions
 from paperworks.nn.attention import Attention
+from paperworks.nn.cross_attention import CrossAttention
 from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
 from paperworks.nn.identity_norm import NoNorm
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
 from paperworks.nn.position import (
     DynamicNTKScaling,
-    LearnedPositions,
     LinearScaling,
     Llama3Scaling,
     LongRoPEScaling,
@@ -16,6 +17,7 @@ from paperworks.nn.position import (
     RoPEScaling,
     YaRNScaling,
 )
+from paperworks.nn.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
 from paperworks.nn.selection import select, select_linears
 from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
@@ -23,8 +25,11 @@ from paperworks.nn.tap import Tap
 
 __all__ = [
     "MLP",
+    "ALiBi",
+    "AbsolutePositions",
     "Attention",
     "Cache",
+    "CrossAttention",
     "DynamicNTKScaling",
     "Feedforward",
     "GatedMLP",
@@ -39,8 +44,12 @@ __all__ = [
     "NoNorm",
     "Norm",
     "RMSNorm",
+    "RelativeBuckets",
+    "RelativePosition",
+    "RelativeVectors",
     "RoPE",
     "RoPEScaling",
+    "SinusoidalPositions",
     "Spec",
     "Stream",
     "Tap",

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +12,7 @@ from paperworks.nn.linear import residual_output
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.norm import Norm
 from paperworks.nn.position import RoPE
+from paperworks.nn.relative import RelativeModule, RelativePosition
 from paperworks.nn.stream import MixerCache, Stream
 from paperworks.nn.tap import Tap
 
@@ -28,7 +29,7 @@ class Attention(Mixer):
         bias: whether query, key and value have one; `output_bias` is the output's, None means the same.
         window: each token sees this many tokens, itself included; None means all.
         causal: whether later tokens are hidden.
-        position: rotary positions, or None.
+        position: rotary positions, relative ones (`ALiBi`, `RelativeBuckets`, `RelativeVectors`), or None.
         qk_norm: a norm on each head's queries and keys, before rotation.
         soft_cap: scores become cap * tanh(score / cap) (Gemma 2).
         scale: what scores are multiplied by; None means head_dim^-0.5.
@@ -42,7 +43,7 @@ class Attention(Mixer):
     output_bias: bool | None = None
     window: int | None = None
     causal: bool = True
-    position: RoPE | None = None
+    position: RoPE | RelativePosition | None = None
     qk_norm: Norm | None = None
     soft_cap: float | None = None
     scale: float | None = None
@@ -65,13 +66,13 @@ class Attention(Mixer):
             raise ValueError(f"Attention.soft_cap must be positive, got {self.soft_cap}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Attention.dropout must be in [0, 1), got {self.dropout}")
-        if self.head_dim is not None and self.position is not None:
+        if self.head_dim is not None and isinstance(self.position, RoPE):
             self.position.rotated(self.head_dim)
 
     def check(self, dim: int) -> None:
         """Raise `ValueError` if heads do not divide `dim` or cannot be rotated."""
         size = self.head_size(dim)
-        if self.position is not None:
+        if isinstance(self.position, RoPE):
             self.position.rotated(size)
 
     def head_size(self, dim: int) -> int:
@@ -146,20 +147,32 @@ class KeyValueCache(MixerCache):
         return order if time == 1 else torch.cat((order, torch.arange(start, end, device=device)))
 
 
-@dataclass(frozen=True)
-class _Visibility:
-    """Which keys each query sees: plain causal, or a mask that broadcasts to (batch, heads, query, key), or all."""
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which keys each query sees: plain causal, or a mask that broadcasts to (batch, heads, query, key), or all.
+
+    A mask is True where a key is seen, or a number to add to the score, as relative positions do (-inf: not seen);
+    these also say the `distance` of each key from each query.
+    """
 
     causal: bool
-    mask: Bool[Tensor, "batch 1 query key"] | None
+    mask: Tensor | None
+    distance: Int[Tensor, "query key"] | None = None
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """Return the mask, causal or not, as a tensor; None where everything is seen."""
         if self.causal:
             return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
         return self.mask
 
+    def biased(self, bias: Float[Tensor, "batch heads query key"], distance: Tensor) -> "Visibility":
+        """Return the same with numbers to add to the scores."""
+        queries, keys = distance.shape
+        seen = self.dense(queries, keys, bias.device)
+        return Visibility(False, bias if seen is None else bias.masked_fill(~seen, -math.inf), distance)
 
-def _visibility(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int | None) -> _Visibility:
+
+def _visibility(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int | None) -> Visibility:
     rolling = cache.capacity if cache is not None and cache.rolling else None
     key = ("visibility", causal, window, rolling, cache is None)
     if key not in stream.memo:
@@ -167,17 +180,17 @@ def _visibility(stream: Stream, cache: KeyValueCache | None, causal: bool, windo
     return stream.memo[key]
 
 
-def _see(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int | None) -> _Visibility:
+def _see(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int | None) -> Visibility:
     start, time, device = stream.start, stream.time, stream.positions.device
     end = start + time
     in_window = window is None or end <= window
     one_document = stream.history is None
     if one_document and not causal:
-        return _Visibility(causal=False, mask=None)
+        return Visibility(causal=False, mask=None)
     if one_document and time == 1 and (in_window or (cache is not None and cache.rolling)):
-        return _Visibility(causal=False, mask=None)
+        return Visibility(causal=False, mask=None)
     if one_document and start == 0 and in_window:
-        return _Visibility(causal=True, mask=None)
+        return Visibility(causal=True, mask=None)
     keys = cache.visible_order(start, time, device) if cache is not None else torch.arange(end, device=device)
     queries = torch.arange(start, end, device=device)[:, None]
     seen = torch.ones(time, len(keys), dtype=torch.bool, device=device)
@@ -189,7 +202,7 @@ def _see(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int 
     if stream.history is not None:
         assert stream.segments is not None
         mask = mask & (stream.segments[:, None, :, None] == stream.history[:, keys][:, None, None, :])
-    return _Visibility(causal=False, mask=mask)
+    return Visibility(causal=False, mask=mask)
 
 
 class AttentionModule(nn.Module):
@@ -213,6 +226,8 @@ class AttentionModule(nn.Module):
         self.value = nn.Linear(dim, self.kv_heads * self.head_dim, bias=spec.bias)
         self.query_norm = spec.qk_norm.build(self.head_dim) if spec.qk_norm else None
         self.key_norm = spec.qk_norm.build(self.head_dim) if spec.qk_norm else None
+        relative = spec.position if isinstance(spec.position, RelativePosition) else None
+        self.relative = relative.build(spec.heads, self.head_dim) if relative is not None else None
         self.pattern = Tap()
         self.heads = Tap()
         self.output = residual_output(nn.Linear(spec.heads * self.head_dim, dim, bias=output_bias))
@@ -231,7 +246,7 @@ class AttentionModule(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         position = self.spec.position
-        if position is not None:
+        if isinstance(position, RoPE):
             cos, sin = position.tables(stream, self.head_dim, queries.dtype)
             queries, keys = position.rotate(queries, cos, sin), position.rotate(keys, cos, sin)
         cache = stream.cache
@@ -239,26 +254,58 @@ class AttentionModule(nn.Module):
             assert isinstance(cache, KeyValueCache)
             keys, values = cache.extend(keys, values, stream.start)
         visible = _visibility(stream, cache, self.spec.causal, self.spec.window)
+        if self.relative is not None:
+            visible = self._place(self.relative, queries, stream, cache, visible)
         heads = self._attend(queries, keys, values, visible).transpose(1, 2)
         return self.output(self.heads(heads).flatten(2))
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: _Visibility) -> Tensor:
+    def _place(
+        self,
+        relative: RelativeModule,
+        queries: Tensor,
+        stream: Stream,
+        cache: KeyValueCache | None,
+        visible: Visibility,
+    ) -> Visibility:
+        """Add to the visibility what relative positions say; layers whose scores are the same share them."""
+        rolling = cache.capacity if cache is not None and cache.rolling else None
+        where = ("distance", rolling, cache is None)
+        if where not in stream.memo:
+            device, end = queries.device, stream.start + stream.time
+            keys = torch.arange(end, device=device)
+            if cache is not None:
+                keys = cache.visible_order(stream.start, stream.time, device)
+            stream.memo[where] = keys - torch.arange(stream.start, end, device=device)[:, None]
+        distance = stream.memo[where]
+        shared = relative.shares()
+        if shared is None:
+            return visible.biased(relative.scores(queries, distance), distance)
+        key = ("relative", shared, queries.dtype, where, self.spec.causal, self.spec.window)
+        if key not in stream.memo:
+            stream.memo[key] = visible.biased(relative.scores(queries, distance), distance)
+        return stream.memo[key]
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
         pattern: Tensor | None = None
         if self.pattern.listened:
             computed = self.weights(queries, keys, visible)
             listened_to = self.pattern(computed)
             pattern = None if listened_to is computed else listened_to
-        if pattern is None and self.spec.soft_cap is None:
+        by_distance = self.relative is not None and self.relative.changes_values
+        if pattern is None and self.spec.soft_cap is None and not by_distance:
             return self._fused(queries, keys, values, visible)
         if pattern is None:
             pattern = self.weights(queries, keys, visible)
         if self.training and self.spec.dropout:
             pattern = F.dropout(pattern, self.spec.dropout)
         grouped = pattern.unflatten(1, (self.kv_heads, -1)) @ values[:, :, None]
-        return grouped.flatten(1, 2)
+        heads = grouped.flatten(1, 2)
+        if by_distance and self.relative is not None and visible.distance is not None:
+            heads = heads + self.relative.values(pattern, visible.distance)
+        return heads
 
     def weights(
-        self, queries: Float[Tensor, "batch heads query head_dim"], keys: Tensor, visible: _Visibility
+        self, queries: Float[Tensor, "batch heads query head_dim"], keys: Tensor, visible: Visibility
     ) -> Float[Tensor, "batch heads query key"]:
         """Return the attention weights, computed plainly: the oracle of the fused kernel, and what `pattern` shows."""
         grouped = queries.unflatten(1, (self.kv_heads, -1))
@@ -267,17 +314,20 @@ class AttentionModule(nn.Module):
             scores = self.spec.soft_cap * torch.tanh(scores / self.spec.soft_cap)
         mask = visible.dense(queries.shape[2], keys.shape[2], queries.device)
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         wide = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
         return torch.softmax(scores, -1, dtype=wide).to(scores.dtype)
 
-    def _fused(self, queries: Tensor, keys: Tensor, values: Tensor, visible: _Visibility) -> Tensor:
+    def _fused(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
         dropout = self.spec.dropout if self.training else 0.0
         if queries.shape[2] == 1 and self.kv_heads < self.spec.heads:
             # One new token: the queries of a group take the place of time, so shared keys are read once, not copied.
             grouped = queries.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
+            mask = visible.mask
+            if mask is not None and mask.shape[1] > 1:  # a number for each head: its group's rows
+                mask = mask.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
             out = F.scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=visible.mask, dropout_p=dropout, scale=self.scale
+                grouped, keys, values, attn_mask=mask, dropout_p=dropout, scale=self.scale
             )
             return out.flatten(1, 2)[:, :, None]
         return F.scaled_dot_product_attention(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,13 +13,17 @@ from paperworks.nn.linear import residual_output
 from paperworks.nn.spec import Spec
 from paperworks.nn.tap import Tap
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu", "sigmoid", "identity", "relu_squared"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,  # the exact form, x * Phi(x)
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's approximation
+    "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016; "quick_gelu" elsewhere
     "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+    "relu_squared": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv:2109.08668
 }
 
 
@@ -50,7 +55,10 @@ class MLP(Feedforward):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMLP(Feedforward):
-    """y = down(activation(gate(x)) * up(x)): SwiGLU with "silu", GeGLU with "gelu", ReGLU with "relu"."""
+    """y = down(activation(gate(x)) * up(x)): SwiGLU with "silu", GeGLU with "gelu", ReGLU with "relu".
+
+    GLU has "sigmoid", the bilinear layer "identity" (Shazeer 2020, arXiv:2002.05202).
+    """
 
     hidden: int
     activation: Activation = "silu"

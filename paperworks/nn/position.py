@@ -1,4 +1,4 @@
-"""Position encodings: rotary (Su et al. 2021, arXiv:2104.09864) with its published scalings, and learned absolute."""
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864) and their published scalings."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Stream
@@ -256,35 +256,3 @@ def _check_factor(factor: float, scaling: RoPEScaling) -> None:
 def _enlarged_base(rope: RoPE, dim: int, factor: float) -> Tensor:
     base = rope.base * factor ** (dim / (dim - 2))
     return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnedPositions(Spec):
-    """A trained vector for each position, added to the token embeddings (GPT-2, BERT)."""
-
-    length: int
-
-    def validate(self) -> None:
-        """Check the length."""
-        if self.length < 1:
-            raise ValueError(f"LearnedPositions.length must be at least 1, got {self.length}")
-
-    def build(self, dim: int) -> nn.Module:
-        """Return the table as a module."""
-        return LearnedPositionTable(self.length, dim)
-
-
-class LearnedPositionTable(nn.Embedding):
-    """The module of `LearnedPositions`: x + table[position]."""
-
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:  # type: ignore[override]
-        """Add each token's position vector."""
-        if stream.default_positions:
-            end = stream.start + stream.time
-            if end > self.num_embeddings:
-                raise ValueError(f"position {end - 1} is beyond the {self.num_embeddings} learned positions")
-            return x + self.weight[stream.start : end]
-        largest = int(stream.positions.max())
-        if largest >= self.num_embeddings or int(stream.positions.min()) < 0:
-            raise ValueError(f"position {largest} is beyond the {self.num_embeddings} learned positions (from 0)")
-        return x + super().forward(stream.positions)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 class MixerCache(ABC):
@@ -35,6 +36,8 @@ class Stream:
             LongRoPE) read it, so that all keys of one cache are rotated alike.
         cache: the cache of the mixer that reads this stream, or None.
         context: (batch, other time, dim) or None; what a cross-attending mixer reads.
+        context_segments: int64 (batch, other time) or None; 0 is padding of the context, and in packed rows a token
+            reads what has its own segment.
         memo: tables that layers share within this call (masks).
         tables: tables that outlive the call when there is a cache (cosines and sines).
     """
@@ -48,12 +51,25 @@ class Stream:
     default_positions: bool = True
     cache: MixerCache | None = None
     context: Tensor | None = None
+    context_segments: Int[Tensor, "batch other"] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     tables: dict[Any, Any] = field(default_factory=dict)
 
     def at(self, cache: MixerCache | None) -> "Stream":
         """Return this stream as the mixer that owns `cache` sees it; memo and tables stay shared."""
         return self if cache is self.cache else Stream(**{**vars(self), "cache": cache})
+
+    def begins(self) -> Bool[Tensor, "batch time"] | None:
+        """Return where a segment begins, so that a recurrent mixer starts there from nothing.
+
+        None: nowhere that needs saying, for the tokens go on with what the cache holds (at the start: nothing).
+        """
+        if self.history is None:
+            return None
+        if "begins" not in self.memo:
+            before = functional.pad(self.history[:, :-1], (1, 0), value=-1)
+            self.memo["begins"] = (self.history != before)[:, self.start :]
+        return self.memo["begins"]
 
 
 class Cache:
@@ -93,6 +109,7 @@ def open_stream(
     segments: Int[Tensor, "batch time"] | None = None,
     cache: Cache | None = None,
     context: Tensor | None = None,
+    context_segments: Int[Tensor, "batch other"] | None = None,
 ) -> Stream:
     """Say where `time` new tokens stand, and advance `cache` past them.
 
@@ -109,6 +126,11 @@ def open_stream(
     for name, tensor in (("positions", positions), ("segments", segments)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != time or tensor.shape[0] not in (1, batch)):
             raise ValueError(f"{name} must have shape ({batch}, {time}) like the tokens, got {tuple(tensor.shape)}")
+    if context_segments is not None and (context is None or context_segments.shape != context.shape[:2]):
+        shape = None if context is None else tuple(context.shape)
+        raise ValueError(
+            f"context_segments {tuple(context_segments.shape)} must have the first two sizes of context {shape}"
+        )
     if segments is not None:
         segments = segments.expand(batch, time)
     history = _history(batch, time, start, device, segments, cache)
@@ -130,6 +152,7 @@ def open_stream(
         horizon=cache.capacity if cache is not None else time,
         default_positions=default and history is None and (cache is None or cache._next is None),
         context=context,
+        context_segments=context_segments,
         tables=cache.tables if cache is not None else {},
     )
 

@@ -1,0 +1,190 @@
+"""What every model of ours is: embeddings, then blocks along one residual stream, then a norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from paperworks.models.block import Block
+from paperworks.nn import AbsolutePositions, Cache, Norm, Spec, Stream
+from paperworks.nn.relative import share_relative_tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack(Spec):
+    """Embeddings and blocks.
+
+    Attributes:
+        vocab_size: tokens known; dim: width of the residual stream; depth: blocks.
+        block: one spec for every layer, or a tuple of `depth` specs.
+        norm: the norm after the last block; None for post-norm models.
+        context: the longest sequence, in tokens; None means that only memory limits it.
+        position: absolute positions added to the embeddings, or None.
+        embedding_scale: what embeddings are multiplied by (Gemma: sqrt(dim)), or None.
+        embedding_norm: a norm on embeddings and positions together (BERT, BLOOM, RWKV), or None.
+        dropout: the share of embeddings dropped in training.
+        init_std: standard deviation of initial weights; outputs to the residual stream get it / sqrt(2 depth) (GPT-2).
+            Parts whose papers prescribe their own draw it themselves.
+    """
+
+    vocab_size: int
+    dim: int
+    depth: int
+    block: Block | tuple[Block, ...]
+    norm: Norm | None
+    context: int | None = None
+    position: AbsolutePositions | None = None
+    embedding_scale: float | None = None
+    embedding_norm: Norm | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def validate(self) -> None:
+        """Check sizes, and every block against the width."""
+        kind = type(self).__name__
+        for name in ("vocab_size", "dim", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{kind}.{name} must be at least 1, got {getattr(self, name)}")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"{kind}.context must be at least 1, got {self.context}")
+        if isinstance(self.block, tuple) and len(self.block) != self.depth:
+            raise ValueError(
+                f"{kind}.block has {len(self.block)} specs but depth is {self.depth}; "
+                "give one spec for every layer, or exactly one a layer"
+            )
+        length = None if self.position is None else self.position.length
+        if length is not None and self.context is not None and length < self.context:
+            raise ValueError(f"{kind}.context ({self.context}) exceeds the {length} learned positions")
+        # not `self.blocks`: a hostile file may claim any depth
+        for block in dict.fromkeys(self.block if isinstance(self.block, tuple) else (self.block,)):
+            block.check(self.dim)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One spec a layer."""
+        return self.block if isinstance(self.block, tuple) else (self.block,) * self.depth
+
+    def build(self) -> StackModel:
+        """Return the model with freshly initialized weights."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+
+class StackModel(nn.Module):
+    """The part that all models share. Attributes: `spec`; `tokenizer`, None unless loaded with one.
+
+    Taps: `embedding`, `blocks.i` (the residual stream after block i), `norm`, and those of the parts.
+    """
+
+    def __init__(self, spec: Stack) -> None:
+        super().__init__()
+        self.spec: Any = spec
+        self.tokenizer: Any = None
+        self.embedding = nn.Embedding(spec.vocab_size, spec.dim)
+        self.position = spec.position.build(spec.dim) if spec.position else None
+        self.embedding_norm = spec.embedding_norm.build(spec.dim) if spec.embedding_norm else None
+        self.dropout = nn.Dropout(spec.dropout)
+        self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
+        self.norm = spec.norm.build(spec.dim) if spec.norm else None
+
+    def tie(self) -> None:
+        """Let parameters that are one by the spec be one tensor: after building, and after loading weights."""
+        share_relative_tables(self.blocks)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw weights afresh: normal with `init_std`, biases zero, residual outputs scaled by 1 / sqrt(2 depth).
+
+        Then every part that has a method `initialize(layer, depth)` draws what its paper prescribes.
+        """
+        std, depth = self.spec.init_std, self.spec.depth
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                scale = 1 / math.sqrt(2 * depth) if getattr(module, "writes_residual", False) else 1.0
+                module.weight.normal_(0.0, std * scale)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()  # type: ignore[operator]
+        for layer, block in enumerate(self.blocks):
+            for module in block.modules():
+                own: Any = getattr(module, "initialize", None)
+                if callable(own):
+                    own(layer, depth)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lives."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the embedding, and so of the residual stream."""
+        return self.embedding.weight.dtype
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Return an empty cache for `batch` sequences of at most `capacity` tokens, prompt included."""
+        self._check_length(capacity)
+        blocks: list[Any] = list(self.blocks)
+        layers = [block.new_cache(batch, capacity, self.dtype, self.device) for block in blocks]
+        return Cache(layers, capacity)
+
+    def embed(
+        self, tokens: Int[Tensor, "batch time"], stream: Stream, more: Tensor | None = None
+    ) -> Float[Tensor, "batch time dim"]:
+        """Return what the first block reads; `more` is added to the tokens' own vectors."""
+        x = self.embedding(tokens)
+        if self.spec.embedding_scale is not None:
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype, device=x.device)
+        if more is not None:
+            x = x + more
+        if self.position is not None:
+            x = self.position(x, stream)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.dropout(x)
+
+    def through(
+        self, x: Float[Tensor, "batch time dim"], stream: Stream, cache: Cache | None
+    ) -> Float[Tensor, "batch time dim"]:
+        """Return the residual stream after all blocks and the final norm."""
+        for index, block in enumerate(self.blocks):
+            x = block(x, stream if cache is None else stream.at(cache.layers[index]))
+        return x if self.norm is None else self.norm(x)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"tokens must have shape (batch, time), got {tuple(tokens.shape)}; use tokens[None] for one row"
+            )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be int64, got {tokens.dtype}; use tokens.long()")
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                "tokens is empty: a forward pass needs at least one token (a beginning-of-text token, say)"
+            )
+        if tokens.device.type == "cpu" and tokens.numel():  # elsewhere the check would wait for the device
+            low, high = (int(bound) for bound in tokens.aminmax())
+            if low < 0 or high >= self.spec.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.spec.vocab_size}; "
+                    "were these tokens made by another model's tokenizer?"
+                )
+
+    def _check_length(self, length: int) -> None:
+        spec = self.spec
+        if spec.context is not None and length > spec.context:
+            remedy = (
+                "shorten the input"
+                if spec.position is not None
+                else "shorten the input, or raise the context with a rotary scaling: replace(spec, context=..., and in "
+                "each attention position=replace(position, scaling=YaRNScaling(...), LinearScaling, NTKScaling or "
+                "Llama3Scaling))"
+            )
+            raise ValueError(
+                f"{length} tokens exceed the context of {spec.context} ({type(spec).__name__}.context); {remedy}"
+            )
