@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from paperworks.train.schedules import Schedule as Schedule
     from paperworks.train.schedules import WarmupStableDecay as WarmupStableDecay
     from paperworks.train.settings import Settings as Settings
+    from paperworks.train.sharding import full_state as full_state
     from paperworks.train.step import Diverged as Diverged
 
 # Where each name lives. They are imported when asked for: the command line reads the settings without torch.
@@ -39,6 +40,7 @@ _OFFERED = {
     "cross_entropy_sum": "losses",
     "evaluate": "evaluation",
     "fit": "loop",
+    "full_state": "sharding",
     "latest": "folder",
     "next_token_loss": "losses",
     "paged_adamw": "paging",

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from paperworks.train import distribution, evaluation, optimizers, randomness
+from paperworks.train import distribution, evaluation, optimizers, randomness, sharding
 from paperworks.train.batches import Batches, Source
 from paperworks.train.folder import RunFolder
 from paperworks.train.interrupt import Interrupted, Wish, listening
@@ -55,28 +55,37 @@ def fit(
         its groups have then are their peaks; optimizers whose `step` needs a closure do not work.
     evaluate: batches to measure `loss` on, or a function model -> {name: value}; the model is in evaluation mode.
     on_step: called after each step with its number, counted from 1; True ends the run there.
-    callbacks: each called with every record of the log: {"step", "loss", "lr", "grad_norm", "seconds", "tokens" or
-        "items", metrics}, and {"step", "evaluation"}.
+    callbacks: each called, in the first process, with every record of the log: {"step", "loss", "lr", "grad_norm",
+        "seconds", "tokens" or "items", metrics}, and {"step", "evaluation"}.
     resume: go on from the newest checkpoint in `run_dir`, if any: same weights, bit for bit, as without the break, on
-        the same machine with the same number of threads. False refuses a folder that holds one.
+        the same machine with the same number of threads and processes (with another number, up to rounding). False
+        refuses a folder that holds one.
+
+    Under `torchrun` every process calls this with the same arguments and the same batches, and computes its share of
+    each step (see `train.distribution`); losses, checkpoints and logs are those of one process.
 
     Raises Diverged when a loss, a gradient or a weight is not finite; ValueError when there is nothing to learn from;
-    Interrupted (a KeyboardInterrupt) after Ctrl-C, when the step is finished and saved; OSError when a checkpoint
-    cannot be written. The newest complete checkpoint is whole in every case.
+    RuntimeError when another process has ended; Interrupted (a KeyboardInterrupt) after Ctrl-C, when the step is
+    finished and saved; OSError when a checkpoint cannot be written. The newest complete checkpoint is whole in every
+    case.
     """
     settings = settings or Settings()
-    distribution.require_single_process()
-    device = distribution.place(model, settings.device)
-    _require_trainable(model, loss, settings)
     folder = RunFolder(run_dir) if run_dir is not None else None
     source = Source(batches, recording=folder is not None)
-    _require_resumable(source, folder, resume)
     with ExitStack() as stack:
+        device = distribution.place(model, stack.enter_context(distribution.joined(settings.device)))
+        _require_trainable(model, loss, settings)
+        _require_resumable(source, folder, resume)
         stack.enter_context(training(model))
         stack.enter_context(randomness.deterministic_kernels(settings.deterministic))
         if folder is not None:
-            stack.enter_context(folder.locked())
-            folder.clean()
+            if distribution.is_first():
+                stack.enter_context(folder.locked())
+                folder.clean()
+            distribution.wait()
+        distribution.replicate(model)
+        if settings.sharded:
+            sharding.shard(model, device)
         made = optimizers.make(model, settings, optimizer)
         called = torch.compile(model) if settings.compile else model
         stepper = Stepper(cast(nn.Module, called), loss, made, settings, device)
@@ -94,6 +103,8 @@ def _require_trainable(model: nn.Module, loss: Loss, settings: Settings) -> None
         own = [name for name, p in loss.named_parameters() if p.requires_grad and id(p) not in owned]
         if own:
             raise ValueError(f"the loss has parameters of its own ({', '.join(own)}): make them part of the model")
+    if settings.sharded and settings.precision == "float16":
+        raise ValueError("sharded training does not scale losses: use precision='bfloat16', whose range needs no scale")
     if settings.precision == "float16":
         half = [name for name, parameter in parameters.items() if parameter.dtype == torch.float16]
         if half:
@@ -146,10 +157,11 @@ class _Run:
             self.state.resume(earlier[-1])
         elif self.settings.seed is not None:
             randomness.seed(self.settings.seed)
+        distribution.wait()  # until all have read: the first one is about to write
         self.resumed_from = self.saved_at = self.state.step
         first = distribution.is_first()
         metrics = self.folder.metrics if self.folder is not None and first else None
-        self.log = Log(metrics, self.state.step, callbacks)
+        self.log = Log(metrics, self.state.step, callbacks if first else ())
         shown = self.settings.progress if first else False
         self.bar = Bar(shown, self.settings.steps, self.state.step)
         self._began = time.monotonic()
@@ -176,7 +188,7 @@ class _Run:
             self._observe(step)
             if distribution.agree(wish.stop):
                 self._interrupt()
-            if asked:
+            if distribution.agree(asked):
                 stopped = "on_step"
                 break
         self._catch_up()
@@ -216,7 +228,7 @@ class _Run:
         newest = self._catch_up()
         assert newest is not None  # a step was taken, and every look is at all of them
         numbers = {"loss": newest.loss, "lr": self.rate, "grad_norm": newest.grad_norm, "seconds": self.seconds}
-        self.log.add({"step": step, **numbers, self._unit: self.state.counted, **self.stepper.metrics.means()})
+        self.log.add({"step": step, **numbers, self._unit: self.state.counted, **self.stepper.measured()})
 
     def _evaluate(self, step: int) -> None:
         self._catch_up()
@@ -230,7 +242,7 @@ class _Run:
     def _save(self) -> None:
         self._catch_up()
         self.saved_at = self.state.step
-        if self.folder is None or not distribution.is_first():
+        if self.folder is None:
             return
         try:
             self.state.save(self.folder.checkpoint(self.state.step), self.seconds)
@@ -240,7 +252,9 @@ class _Run:
                 f"The last complete checkpoint is {complete[-1] if complete else 'none: this was the first'}"
             )
             raise
-        self.folder.prune(self.settings.keep)
+        if distribution.is_first():
+            self.folder.prune(self.settings.keep)
+        distribution.wait()
 
     def _interrupt(self) -> None:
         self._catch_up()

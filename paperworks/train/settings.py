@@ -16,6 +16,9 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 # Fields that only decide what is looked at and kept; a run may be resumed with other values of them.
 OBSERVING = frozenset({"log_every", "evaluate_every", "save_every", "keep", "progress"})
 
+# Where the numbers are held; a run may be resumed otherwise, or by another number of processes.
+PLACING = frozenset({"sharded"})
+
 # Fields that only make the learning rate of each step.
 RATE = frozenset({"steps", "lr", "schedule", "warmup", "min_lr"})
 
@@ -42,6 +45,8 @@ class Settings:
     save_every: steps between two checkpoints; None saves at the end only.
     keep: how many of the newest checkpoints stay on disk.
     device: where to train, such as "cuda"; None is where the model is.
+    sharded: under a launcher of several processes, let each hold a share of weights, gradients and optimizer state
+        (FSDP2) instead of all of them (the same losses, less memory, more messages).
     compile: run the model through torch.compile.
     deterministic: allow only deterministic kernels, which may be slower or raise where there is none.
     progress: show a progress bar; None shows it when standard output is a terminal.
@@ -65,6 +70,7 @@ class Settings:
     save_every: int | None = 1000
     keep: int = 2
     device: str | None = None
+    sharded: bool = False
     compile: bool = False
     deterministic: bool = False
     progress: bool | None = None
@@ -135,7 +141,7 @@ def differences(earlier: dict[str, Any], rates: int, step: int, now: Settings) -
     decay, can be prolonged.
     """
     current = now.described()
-    names = [name for name in current if name not in OBSERVING and current[name] != earlier.get(name)]
+    names = [name for name in current if name not in OBSERVING | PLACING and current[name] != earlier.get(name)]
     if now.steps >= step and rates_digest(now, step) == rates:
         names = [name for name in names if name not in RATE]
     return [f"settings.{name}: was {earlier.get(name)!r}, now {current[name]!r}" for name in names]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paperworks.errors import CorruptFile
-from paperworks.train import checkpoint, randomness
+from paperworks.train import checkpoint, distribution, randomness, sharding
 from paperworks.train.batches import Source
 from paperworks.train.settings import Settings, differences, rates_digest
 from paperworks.train.step import Diverged
@@ -49,13 +49,14 @@ class State:
             "settings": self.settings.described(),
             "rates": self._rates,
             "weights": manifest,
-            "optimizer": self._optimizer_identity() | {"state": self.optimizer.state_dict()},
+            "optimizer": self._optimizer_identity() | {"state": _whole(self.optimizer.state_dict())},
             "scaler": self.scaler.state_dict(),
             "batches": self.source.state(),
             "random": randomness.to_json(randomness.capture()),
             "torch": torch.__version__,
         }
-        checkpoint.write(folder, tensors, state)
+        if distribution.is_first():
+            checkpoint.write(folder, tensors, state)
 
     def resume(self, folder: Path) -> None:
         """Go to where `folder` was saved. Raises ValueError that lists every difference between that run and this."""
@@ -86,8 +87,12 @@ class State:
         self.optimizer.load_state_dict(saved)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, entries in saved["state"].items():
-            restored = self.optimizer.state[parameters[index]]
+            parameter = parameters[index]
+            restored = self.optimizer.state[parameter]
             for name, value in entries.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    restored[name] = sharding.like(restored[name], parameter)
+                    value = sharding.like(value, parameter)
                 # Torch casts an optimizer's state to the dtype of the weight; one kept wider on purpose stays so.
                 if isinstance(value, Tensor) and restored[name].dtype != value.dtype:
                     restored[name] = value.to(restored[name].device)
@@ -113,6 +118,15 @@ class State:
                     if before.get(key) != after.get(key):
                         found.append(f"optimizer group {index}, {key}: was {before.get(key)}, now {after.get(key)}")
         return found + _moved(saved["names"], now["names"])
+
+
+def _whole(tree: Any) -> Any:
+    """Gather what is shared out among processes."""
+    if isinstance(tree, dict):
+        return {name: _whole(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_whole(value) for value in tree)
+    return sharding.whole(tree) if isinstance(tree, Tensor) else tree
 
 
 def _described(optimizer: Optimizer) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paperworks.nn import auxiliary, half_precision
-from paperworks.train import distribution, objective
+from paperworks.train import distribution, objective, sharding
 from paperworks.train.batches import Source
 from paperworks.train.objective import Loss, Tally, Value
 from paperworks.train.settings import Settings
@@ -73,6 +73,7 @@ class Stepper:
         self.counted = False
         self.metrics = Tally()
         self._autocast = self._make_autocast()
+        self._alone = distribution.processes() == 1
         self._skipped = 0
         self._items = 0
         self._pending: list[_Pending] = []
@@ -106,56 +107,69 @@ class Stepper:
         self._items = 0
         loss: Any = 0.0
         count: Any = 0.0
-        for _ in range(self.settings.accumulate):
-            batch = source.next()
+        for index in range(self.settings.accumulate):
+            part = distribution.share(source.next(), index, self.settings.accumulate)
             place = Place(step, source.epoch, source.position - 1)
-            value = self._gradient(batch, place)
+            if part is None:
+                continue
+            value = self._gradient(*part, place)
             loss, count = loss + value.sum, count + value.elements
-        self._update(loss, distribution.total(count), place)
+        if not self._alone and self.deferred:
+            loss, count, self._items = distribution.totals(loss, count, self._items)
+        self._update(loss, count, place)
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _gradient(self, batch: Any, place: Place) -> Value:
-        """Add the gradient of one micro-batch; return its value, as floats where looking costs nothing."""
+    def _gradient(self, batch: Any, share: float, place: Place) -> Value:
+        """Add the gradient of one micro-batch, or this process's share of it; return its value.
+
+        It is floats, over all processes, where looking costs nothing.
+        """
         if self.device.type != "cpu":
             batch = distribution.move(batch, self.device)
-        with self._autocast, self._products(), auxiliary.collecting() as collected:
+        with self._autocast, self._products(), distribution.drawing_apart(), auxiliary.collecting() as collected:
             value = objective.read(self.loss(self.model, batch))
             extra = collected.total()
         objective.require_gradient(value.sum)
         self.counted = value.counted
-        if not value.counted:
-            self._items += objective.items(batch)
+        items = 0 if value.counted else objective.items(batch)
+        if not value.counted and share < 1:
+            value = value._replace(sum=value.sum * share, elements=share)
         goal = value.sum if extra is None else value.sum + extra * value.elements
-        value = self._look_early(value, place)
+        own, value = value, self._look_early(value, items, place)
         if extra is not None:
             parts = {f"auxiliary/{name}": part for name, part in collected.sums().items()}
-            self.metrics.add_metrics(parts, value.elements)
+            self.metrics.add_metrics(parts, own.elements)
         if value.metrics:
-            self.metrics.add_metrics(value.metrics, value.elements)
-        if self.settings.accumulate == 1 and value.counted:
-            goal = goal / distribution.total(value.elements)  # cheaper than dividing every gradient
+            self.metrics.add_metrics(value.metrics, own.elements)
+        if self._alone and self.settings.accumulate == 1 and value.counted:
+            goal = goal / value.elements  # cheaper than dividing every gradient
         with self._products():
             self.scaler.scale(goal).backward()
         return value
 
-    def _look_early(self, value: Value, place: Place) -> Value:
+    def _look_early(self, value: Value, items: int, place: Place) -> Value:
         if self.deferred:
+            self._items += items
             wide = value.sum.detach()
             return value._replace(sum=wide if wide.dtype == torch.float64 else wide.float())
-        loss, count = value.sum.item(), float(value.elements)
+        # a loss that is not finite in one process is so in the sum, and all stop at the same place
+        loss, count, items = distribution.totals(value.sum.item(), float(value.elements), items)
+        self._items += int(items)
         if not math.isfinite(loss):
             self._forget()
             raise Diverged(f"the loss is {loss} at {place}; {_ADVICE}")
         if count == 0 and self.settings.accumulate == 1:
             self._forget()
             raise ValueError(_nothing_counted(place))
-        return value._replace(sum=loss, elements=count)  # type: ignore[arg-type]
+        return value._replace(sum=loss, elements=count)
 
     def _update(self, loss: Any, count: Any, place: Place) -> None:
         if not self.deferred and count == 0:
             self._forget()
             raise ValueError(_nothing_counted(place))
+        if not self.settings.sharded:
+            distribution.add_gradients(self.parameters)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -163,9 +177,9 @@ class Stepper:
             raise ValueError(
                 f"no parameter that is optimized got a gradient at {place}: the loss depends on other parameters only"
             )
-        if self.settings.accumulate > 1:
+        if self.settings.accumulate > 1 or not self._alone:
             for gradient in gradients:
-                gradient.div_(count)
+                sharding.local(gradient).div_(count)
         norm = self._norm(gradients)
         if self.deferred:
             self._update_blindly(loss, count, norm, place)
@@ -174,9 +188,17 @@ class Stepper:
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the norm of all gradients together: on one device, a third of the time of torch's for small models."""
+        if not self._alone:
+            return sharding.whole(torch.nn.utils.get_total_norm(gradients))
         if self._uniform:
             return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return torch.nn.utils.get_total_norm(gradients)
+
+    def _clip(self, norm: Tensor) -> None:
+        """Scale all gradients by min(1, clip / (norm + 1e-6)), as torch does; here also shares of them."""
+        assert self.settings.clip is not None
+        gradients = [sharding.local(p.grad) for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, torch.clamp(self.settings.clip / (norm + 1e-6), max=1.0))
 
     def _update_openly(self, loss: float, count: float, norm: Tensor, place: Place) -> None:
         length, clip = norm.item(), self.settings.clip
@@ -184,7 +206,7 @@ class Stepper:
             self._skipped = 0
             # Torch scales by min(1, clip / (norm + 1e-6)): where that is exactly 1, spare the passage over memory.
             if clip is not None and length + 2e-6 > clip:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+                self._clip(norm)
         else:
             self._skipped += 1
             if not self.scaler.is_enabled() or self._skipped > SKIPPED_IN_A_ROW:
@@ -202,7 +224,7 @@ class Stepper:
         sound = seen.isfinite().all() & (seen[1] > 0)
         self._unsound = ~sound if self._unsound is None else self._unsound | ~sound
         if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
+            self._clip(norm)
         optimizer: Any = self.optimizer
         optimizer.grad_scale, optimizer.found_inf = None, self._unsound.float()
         optimizer.step()
@@ -219,8 +241,17 @@ class Stepper:
         for each, (loss, count, norm) in zip(pending, seen, strict=True):
             if self.deferred:
                 _require_sound(loss, count, norm, each.place)
-            taken.append(Taken(each.place.step, loss / count, count if self.counted else each.items, norm))
+            taken.append(Taken(each.place.step, loss / count, count if self.counted else float(each.items), norm))
         return taken
+
+    def measured(self) -> dict[str, float]:
+        """Return the means of the last step's metrics, over all processes."""
+        names = sorted(self.metrics.sums)
+        flat = distribution.totals(*(number for name in names for number in self.metrics.sums[name])) if names else []
+        tally = Tally()
+        for index, name in enumerate(names):
+            tally.add(name, flat[2 * index], flat[2 * index + 1])
+        return {name: tally.means()[name] for name in self.metrics.sums}
 
     def _forget(self) -> None:
         for parameter in self.parameters:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paperworks.train import trees
+from paperworks.train import distribution, sharding, trees
 
 
 class Weights:
@@ -32,9 +32,13 @@ class Weights:
 
     def first_unsound(self) -> str | None:
         """Return the name of the first trained parameter with a value that is not finite."""
+        found = None
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                return name
+            if parameter.requires_grad and not torch.isfinite(sharding.local(parameter)).all():
+                found = name
+                break
+        if distribution.agree(found is not None):
+            return found or "(one that another process holds)"
         return None
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,14 +50,15 @@ class Weights:
             if not isinstance(value, Tensor):
                 manifest["others"][name] = trees.flatten(value, name, stored)
                 continue
-            same = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
+            pointer = sharding.local(value).data_ptr()
+            same = (pointer, value.shape, value.stride(), value.dtype) if value.numel() else name
             if name in self.at_start and fingerprint(value) == self.at_start[name]:
                 manifest["left_out"][name] = [*_kind(value), self.at_start[name]]
             elif same in first:
                 manifest["aliases"][name] = first[same]
             else:
                 first[same] = name
-                stored[name] = value
+                stored[name] = sharding.whole(value)
                 manifest["stored"][name] = _kind(value)
         return stored, manifest
 
@@ -80,8 +85,9 @@ class Weights:
 
     def restore(self, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         """Put the saved state into the model, whose `differences` must have been found empty."""
-        state: dict[str, Any] = {name: tensors[name] for name in manifest["stored"]}
-        state |= {name: tensors[first] for name, first in manifest["aliases"].items()}
+        now = self._tensors()
+        state: dict[str, Any] = {name: sharding.like(tensors[name], now[name]) for name in manifest["stored"]}
+        state |= {name: state[first] for name, first in manifest["aliases"].items()}
         state |= {name: trees.unflatten(tree, tensors) for name, tree in manifest["others"].items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         lost = [name for name in missing if name not in manifest["left_out"]] + list(unexpected)
@@ -99,4 +105,4 @@ def _said(kind: list[Any]) -> str:
 
 def fingerprint(tensor: Tensor) -> int:
     """Return a checksum of the bytes of a tensor."""
-    return zlib.crc32(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(sharding.whole(tensor.detach()).to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)

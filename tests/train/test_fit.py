@@ -148,9 +148,9 @@ def test_empty_batches_are_refused() -> None:
         train.fit(classifier(), mean_loss, [], train.Settings(steps=1))
 
 
-def test_a_launcher_of_several_processes_is_told_that_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_says_nothing_but_how_many_is_asked_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2"):
+    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2, but RANK is not set"):
         train.fit(classifier(), mean_loss, examples(), train.Settings(steps=1))
 
 
