@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -10,7 +10,17 @@ from torch import nn
 from paperworks import checkpoints
 from paperworks.errors import unknown
 from paperworks.generate import generate
-from paperworks.models import Decoder, DecoderModel, count_parameters, preset, presets
+from paperworks.models import (
+    Decoder,
+    DecoderModel,
+    Encoder,
+    EncoderModel,
+    Seq2Seq,
+    Seq2SeqModel,
+    count_parameters,
+    preset,
+    presets,
+)
 
 __all__ = ["build", "chat", "count_parameters", "export", "generate", "load", "preset", "presets", "save"]
 
@@ -42,9 +52,11 @@ def load(
     model = checkpoints.load(path, dtype, keep_quantized)
     tokenizer = _tokenizer(path)
     model.tokenizer = tokenizer
-    if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
+    spec: Any = model.spec
+    known = min(spec.encoder.vocab_size, spec.decoder.vocab_size) if isinstance(spec, Seq2Seq) else spec.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > known:
         raise ValueError(
-            f"the tokenizer of {path} knows {tokenizer.vocab_size} tokens, the model only {model.spec.vocab_size}: "
+            f"the tokenizer of {path} knows {tokenizer.vocab_size} tokens, the model only {known}: "
             "they do not belong together"
         )
     return model if device is None else model.to(device)
@@ -76,8 +88,14 @@ def _tokenizer(path: Path) -> Any:
     return Tokenizer.from_folder(path) if (path / "tokenizer.json").exists() else None
 
 
-def build(spec: Decoder) -> DecoderModel:
-    """Build a model with freshly initialized weights (`torch.manual_seed` first makes them reproducible)."""
+@overload
+def build(spec: Decoder) -> DecoderModel: ...
+@overload
+def build(spec: Encoder) -> EncoderModel: ...
+@overload
+def build(spec: Seq2Seq) -> Seq2SeqModel: ...
+def build(spec: Decoder | Encoder | Seq2Seq) -> DecoderModel | EncoderModel | Seq2SeqModel:
+    """Build a model from its spec with freshly initialized weights (`torch.manual_seed` makes them reproducible)."""
     return spec.build()
 
 
@@ -103,7 +121,7 @@ def chat_prompt(model: nn.Module, messages: Sequence[Mapping[str, str]]) -> str:
     return render(tokenizer.chat_template, messages, add_generation_prompt=True, **variables)
 
 
-def save(model: DecoderModel, folder: str | Path) -> None:
+def save(model: checkpoints.AnyModel, folder: str | Path) -> None:
     """Write the model in our own layout, spec, weights and tokenizer; the folder appears whole or not at all."""
     checkpoints.save_native(model, folder)
 

@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from paperworks.errors import CorruptFile
-from paperworks.models import Decoder, DecoderModel
+from paperworks.models import Seq2Seq, Stack
 
 
 class TensorSource(Protocol):
@@ -110,28 +110,29 @@ class Rule:
     optional: bool = False
 
 
-def require_depth(spec: Decoder, source: TensorSource, origin: str) -> None:
+def require_depth(spec: Stack | Seq2Seq, source: TensorSource, origin: str) -> None:
     """Refuse a description with more blocks than there are tensors, before anything is made for each block."""
     count = sum(1 for _ in source.keys())  # noqa: SIM118  (not a mapping)
-    if spec.depth > count:
-        raise CorruptFile(f"{origin} describes {spec.depth} blocks but holds only {count} tensors")
+    depth = spec.encoder.depth + spec.decoder.depth if isinstance(spec, Seq2Seq) else spec.depth
+    if depth > count:
+        raise CorruptFile(f"{origin} describes {depth} blocks but holds only {count} tensors")
 
 
-def build_empty(spec: Decoder) -> DecoderModel:
+def build_empty(spec: Stack | Seq2Seq) -> Any:
     """Build a model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return spec.build()
 
 
 def import_weights(
-    spec: Decoder,
+    spec: Stack | Seq2Seq,
     source: TensorSource,
     rules: Sequence[Rule],
     *,
     dtype: torch.dtype | None = None,
     ignorable: Callable[[str], bool] = lambda name: False,
     origin: str = "the checkpoint",
-) -> DecoderModel:
+) -> Any:
     """Build the model and fill it from `source`, tensor by tensor, so that memory holds the model once.
 
     Raises:

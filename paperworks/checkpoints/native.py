@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from paperworks import atomic
 from paperworks.checkpoints.huggingface import read_json
@@ -15,12 +16,23 @@ from paperworks.checkpoints.layout import Rule, build_empty, import_weights, req
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.compress.files import describe, revive
 from paperworks.errors import CorruptFile
-from paperworks.models import Decoder, DecoderModel
+from paperworks.models import Seq2Seq, Seq2SeqModel, Stack, StackModel
+from paperworks.nn import Spec
 
 FORMAT = 1
 
 
-def save_native(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 5 * 1024**3) -> None:
+AnyModel = StackModel | Seq2SeqModel
+
+
+def repeated_names(model: nn.Module) -> set[str]:
+    """Return the names under which a parameter appears again: tied tables, positions that layers share."""
+    first: dict[int, str] = {}
+    named = list(model.named_parameters(remove_duplicate=False))
+    return {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
+
+
+def save_native(model: AnyModel, folder: str | Path, max_shard_bytes: int = 5 * 1024**3) -> None:
     """Write spec.json, weights and tokenizer; the folder appears whole or not at all."""
     state = model.state_dict()
     compressed = describe(model)
@@ -31,8 +43,8 @@ def save_native(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 
             f"the model holds tensors that its spec does not describe ({', '.join(extra[:4])}...): "
             "merge or save its adapters first (adapt.merge, adapt.save)"
         )
-    if model.spec.tied and "unembedding" not in compressed:
-        state.pop("unembedding.weight")
+    for name in repeated_names(model):
+        state.pop(name, None)
     with atomic.writing_directory(folder) as out:
         header = {"format": FORMAT, "spec": model.spec.to_dict()} | ({"compressed": compressed} if compressed else {})
         (out / "spec.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
@@ -41,13 +53,15 @@ def save_native(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 
             model.tokenizer.save(out)
 
 
-def load_native(folder: Path, dtype: torch.dtype | None = None) -> DecoderModel:
+def load_native(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """Load a folder that `save_native` wrote."""
     header = read_json(folder / "spec.json")
     if header.get("format") != FORMAT:
         raise CorruptFile(f"{folder}/spec.json has format {header.get('format')!r}, this version reads {FORMAT}")
     try:
-        spec = Decoder.from_dict(header["spec"])
+        spec = Spec.from_dict(header["spec"])
+        if not isinstance(spec, Stack | Seq2Seq):
+            raise ValueError(f"it describes a {type(spec).__name__}, which is a part")
     except (KeyError, ValueError, AttributeError) as error:
         raise CorruptFile(f"{folder}/spec.json does not describe a model: {error}") from error
     source = open_store(folder)
@@ -55,8 +69,9 @@ def load_native(folder: Path, dtype: torch.dtype | None = None) -> DecoderModel:
     compressed = header.get("compressed", {})
     if not isinstance(compressed, dict):
         raise CorruptFile(f"{folder}/spec.json describes compressed layers as {type(compressed).__name__}, not a table")
-    elsewhere = {f"{path}.weight" for path in compressed} | ({"unembedding.weight"} if spec.tied else set())
-    rules = [Rule(name, (name,)) for name in build_empty(spec).state_dict() if name not in elsewhere]
+    empty = build_empty(spec)
+    elsewhere = {f"{path}.weight" for path in compressed} | repeated_names(empty)
+    rules = [Rule(name, (name,)) for name in empty.state_dict() if name not in elsewhere]
     stored = _stored_names(compressed)
     model = import_weights(spec, source, rules, dtype=dtype, ignorable=stored.__contains__, origin=str(folder))
     revive(model, compressed, source.load, dtype=dtype, origin=str(folder))

@@ -17,6 +17,7 @@ COMMANDS = {
     "run": ("paperworks.cli.run", "check the claims of papers and record the results"),
     "chat": ("paperworks.cli.chat", "talk to a model"),
     "sample": ("paperworks.cli.sample", "let a model continue a text"),
+    "pretrain": ("paperworks.cli.pretrain", "train a model from nothing on a text"),
     "quantize": ("paperworks.cli.quantize", "store a model's layers in fewer bits and save it"),
     "inspect": ("paperworks.cli.inspect", "show what a model is made of, or what it makes of a prompt"),
     "features": ("paperworks.cli.features", "write a page of what a sparse autoencoder's features do"),

@@ -152,6 +152,7 @@ def _smollm2(dim: int, depth: int, heads: int, kv_heads: int, hidden: int, base:
 
 
 _PRESETS: dict[str, Callable[[], Decoder]] = {
+    "nano": lambda: llama(128, 4, 4, 352, vocab_size=256, context=512, eps=1e-5, tied=True),  # to try things with
     "gpt2": lambda: gpt2(768, 12, 12),
     "gpt2-medium": lambda: gpt2(1024, 24, 16),
     "gpt2-large": lambda: gpt2(1280, 36, 20),

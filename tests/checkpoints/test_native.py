@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ import torch
 import paperworks as pw
 from paperworks import adapt, checkpoints
 from paperworks.errors import CorruptFile
-from paperworks.models import Block, Decoder
-from paperworks.nn import Attention, GatedMLP, RMSNorm, RoPE
+from paperworks.models import Block, Decoder, Encoder, Seq2Seq
+from paperworks.nn import Attention, CrossAttention, GatedMLP, RelativeBuckets, RMSNorm, RoPE
 
 
 def model(**changes):
@@ -31,6 +32,27 @@ def test_native_folders_round_trip_bit_for_bit(tmp_path, tied, dtype):
     assert torch.equal(after(TOKENS), before(TOKENS))
     assert (after.unembedding.weight is after.embedding.weight) == tied
     assert not after.training
+
+
+def test_encoders_and_encoder_decoders_round_trip_with_their_shared_tables(tmp_path):
+    looking = Block(
+        norm=RMSNorm(),
+        mixer=Attention(heads=2, causal=False, position=RelativeBuckets(bidirectional=True)),
+        feedforward=GatedMLP(hidden=24),
+    )
+    writing = Block(norm=RMSNorm(), mixer=Attention(heads=2), cross=CrossAttention(heads=2))
+    sizes = {"vocab_size": 31, "dim": 16, "depth": 3, "norm": RMSNorm()}
+    encoder = Encoder(block=looking, token_types=2, **sizes)
+    both = Seq2Seq(encoder=replace(encoder, token_types=0), decoder=Decoder(block=writing, tied=True, **sizes))
+    for name, spec, inputs in (("one", encoder, (TOKENS,)), ("two", both, (TOKENS, TOKENS))):
+        before = pw.build(spec).eval()
+        pw.save(before, tmp_path / name)
+        after = pw.load(tmp_path / name)
+        assert after.spec == spec
+        assert torch.equal(after(*inputs), before(*inputs))
+        stack = after if name == "one" else after.encoder
+        assert len({id(block.mixer.relative.weight) for block in stack.blocks}) == 1
+    assert after.decoder.unembedding.weight is after.encoder.embedding.weight
 
 
 def test_shards_round_trip(tmp_path):
