@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.models.block import Block
-from paperworks.nn import AbsolutePositions, Cache, Norm, Spec, Stream
+from paperworks.nn import AbsolutePositions, Cache, Norm, Spec, Stream, auxiliary
 from paperworks.nn.relative import share_relative_tables
 
 
@@ -150,8 +151,9 @@ class StackModel(nn.Module):
         self, x: Float[Tensor, "batch time dim"], stream: Stream, cache: Cache | None
     ) -> Float[Tensor, "batch time dim"]:
         """Return the residual stream after all blocks and the final norm."""
-        for index, block in enumerate(self.blocks):
-            x = block(x, stream if cache is None else stream.at(cache.layers[index]))
+        with auxiliary.counting(stream.segments) if stream.segments is not None else nullcontext():
+            for index, block in enumerate(self.blocks):
+                x = block(x, stream if cache is None else stream.at(cache.layers[index]))
         return x if self.norm is None else self.norm(x)
 
     def _check_tokens(self, tokens: Tensor) -> None:

@@ -3,6 +3,7 @@
 from paperworks.nn.absolute import AbsolutePositions, LearnedPositions, SinusoidalPositions
 from paperworks.nn.attention import Attention
 from paperworks.nn.cross_attention import CrossAttention
+from paperworks.nn.experts import Experts
 from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
 from paperworks.nn.identity_norm import NoNorm
 from paperworks.nn.mixer import Mixer
@@ -18,6 +19,7 @@ from paperworks.nn.position import (
     YaRNScaling,
 )
 from paperworks.nn.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
+from paperworks.nn.routers import NoisyTopKRouter, Router, TopKRouter
 from paperworks.nn.selection import select, select_linears
 from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
@@ -31,6 +33,7 @@ __all__ = [
     "Cache",
     "CrossAttention",
     "DynamicNTKScaling",
+    "Experts",
     "Feedforward",
     "GatedMLP",
     "LayerNorm",
@@ -42,6 +45,7 @@ __all__ = [
     "MixerCache",
     "NTKScaling",
     "NoNorm",
+    "NoisyTopKRouter",
     "Norm",
     "RMSNorm",
     "RelativeBuckets",
@@ -49,10 +53,12 @@ __all__ = [
     "RelativeVectors",
     "RoPE",
     "RoPEScaling",
+    "Router",
     "SinusoidalPositions",
     "Spec",
     "Stream",
     "Tap",
+    "TopKRouter",
     "YaRNScaling",
     "open_stream",
     "select",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -47,6 +47,28 @@ def add(value: Float[Tensor, ""], name: str) -> None:
     if value.dim() != 0:
         raise ValueError(f"auxiliary loss {name!r} has shape {tuple(value.shape)}; reduce it to a scalar first")
     collected.by_name.setdefault(name, []).append(value)
+
+
+_real: ContextVar[Tensor | None] = ContextVar("tokens that are no padding", default=None)
+
+
+@contextmanager
+def counting(segments: Int[Tensor, "batch time"] | None) -> Iterator[None]:
+    """Say, for the parts that run inside this block, which tokens are padding (segment 0) and count for no loss."""
+    if segments is None:
+        yield
+        return
+    token = _real.set(segments > 0)
+    try:
+        yield
+    finally:
+        _real.reset(token)
+
+
+def real_tokens(count: int) -> Bool[Tensor, " tokens"] | None:
+    """Return which of `count` tokens (batch and time flattened) are no padding; None: all, as far as anybody said."""
+    real = _real.get()
+    return None if real is None or real.numel() != count else real.flatten()
 
 
 @contextmanager
