@@ -6,6 +6,7 @@ from paperworks.nn.cross_attention import CrossAttention
 from paperworks.nn.experts import Experts
 from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
 from paperworks.nn.identity_norm import NoNorm
+from paperworks.nn.mamba import Mamba
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
 from paperworks.nn.position import (
@@ -41,6 +42,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRoPEScaling",
+    "Mamba",
     "Mixer",
     "MixerCache",
     "NTKScaling",

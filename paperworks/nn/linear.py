@@ -17,6 +17,12 @@ def residual_output(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def undecayed(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter that weight decay must leave alone, though it has the shape of a matrix."""
+    parameter.undecayed = True  # type: ignore[attr-defined]
+    return parameter
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Return whether the module stores its weight as (in, out)."""
     return type(module).__name__ in _TRANSPOSED_LINEARS and not hasattr(module, "in_features")

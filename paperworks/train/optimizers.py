@@ -42,7 +42,8 @@ def undecayed(model: nn.Module, decay_embeddings: bool = True) -> set[int]:
         is_norm = type(module).__name__.endswith("Norm") or isinstance(module, nn.modules.batchnorm._NormBase)
         is_table = isinstance(module, nn.Embedding | nn.EmbeddingBag) and not decay_embeddings
         for name, parameter in module.named_parameters(recurse=False):
-            if is_norm or is_table or parameter.dim() < 2 or name == "bias" or name.endswith("_bias"):
+            asked = getattr(parameter, "undecayed", False)  # by the part itself, as its paper prescribes
+            if asked or is_norm or is_table or parameter.dim() < 2 or name == "bias" or name.endswith("_bias"):
                 left_alone.add(id(parameter))
     return left_alone
 

@@ -6,6 +6,7 @@ from paperworks.nn import (
     DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
+    Mamba,
     NTKScaling,
     RelativeBuckets,
     RelativeVectors,
@@ -35,6 +36,8 @@ MIXERS = {
     "buckets": Attention(heads=4, kv_heads=2, position=RelativeBuckets(buckets=8, max_distance=12)),
     "buckets apart": Attention(heads=4, position=RelativeBuckets(buckets=8, max_distance=12, shared=False)),
     "relative": Attention(heads=4, kv_heads=2, position=RelativeVectors(reach=3)),
+    "mamba": Mamba(state=3, rank=2),
+    "mamba constant": Mamba(state=3, width=2, selective=False),
     "relative window": Attention(heads=4, window=4, position=RelativeVectors(reach=2, values=False)),
 }
 
