@@ -9,13 +9,16 @@ from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
 from paperworks.nn import (
     MLP,
+    RWKV,
     Attention,
     GatedMLP,
     LayerNorm,
     LearnedPositions,
     Llama3Scaling,
+    Mamba,
     RMSNorm,
     RoPE,
+    RWKVChannelMix,
 )
 
 
@@ -136,6 +139,28 @@ def pythia(dim: int, depth: int, heads: int, vocab_size: int = 50_304) -> Decode
     )
 
 
+def mamba(dim: int, depth: int) -> Decoder:
+    """Mamba (Gu & Dao 2023, arXiv:2312.00752): one mixer a block and nothing else; tied, GPT-NeoX's vocabulary."""
+    norm = RMSNorm(eps=1e-5)
+    block = Block(norm=norm, mixer=Mamba())
+    return Decoder(vocab_size=50_280, dim=dim, depth=depth, tied=True, norm=norm, block=block)
+
+
+def rwkv4(dim: int, layers: int, vocab_size: int = 50_277) -> Decoder:
+    """RWKV-4 (Peng et al. 2023, arXiv:2305.13048): a layer is two blocks, time mixing and channel mixing."""
+    norm = LayerNorm()
+    mixing = Block(norm=norm, mixer=RWKV()), Block(norm=norm, mixer=RWKVChannelMix())
+    return Decoder(
+        vocab_size=vocab_size,
+        dim=dim,
+        depth=2 * layers,
+        block=mixing * layers,
+        norm=norm,
+        embedding_norm=norm,
+        embedding_std=1e-4,
+    )
+
+
 def _qwen2(dim: int, depth: int, heads: int, kv_heads: int, hidden: int, vocab_size: int, tied: bool) -> Decoder:
     rope = RoPE(base=1_000_000.0)
     return llama(
@@ -196,6 +221,17 @@ _PRESETS: dict[str, Callable[[], Decoder]] = {
     "pythia-1.4b": lambda: pythia(2048, 24, 16),
     "pythia-2.8b": lambda: pythia(2560, 32, 32),
     "pythia-6.9b": lambda: pythia(4096, 32, 32, vocab_size=50_432),
+    "mamba-130m": lambda: mamba(768, 24),
+    "mamba-370m": lambda: mamba(1024, 48),
+    "mamba-790m": lambda: mamba(1536, 48),
+    "mamba-1.4b": lambda: mamba(2048, 48),
+    "mamba-2.8b": lambda: mamba(2560, 64),
+    "rwkv4-169m": lambda: rwkv4(768, 12),
+    "rwkv4-430m": lambda: rwkv4(1024, 24),
+    "rwkv4-1.5b": lambda: rwkv4(2048, 24),
+    "rwkv4-3b": lambda: rwkv4(2560, 32),
+    "rwkv4-7b": lambda: rwkv4(4096, 32),
+    "rwkv4-14b": lambda: rwkv4(5120, 40),
     "pythia-12b": lambda: pythia(5120, 36, 40, vocab_size=50_688),
 }
 

@@ -31,6 +31,7 @@ class Stack(Spec):
         dropout: the share of embeddings dropped in training.
         init_std: standard deviation of initial weights; outputs to the residual stream get it / sqrt(2 depth) (GPT-2).
             Parts whose papers prescribe their own draw it themselves.
+        embedding_std: that of the embeddings, where it is another (T5: 1, RWKV: tiny), or None.
     """
 
     vocab_size: int
@@ -44,6 +45,7 @@ class Stack(Spec):
     embedding_norm: Norm | None = None
     dropout: float = 0.0
     init_std: float = 0.02
+    embedding_std: float | None = None
 
     def validate(self) -> None:
         """Check sizes, and every block against the width."""
@@ -109,6 +111,8 @@ class StackModel(nn.Module):
                 module.weight.normal_(0.0, std * scale)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()  # type: ignore[operator]
+        if self.spec.embedding_std is not None:
+            self.embedding.weight.normal_(0.0, self.spec.embedding_std)
         for layer, block in enumerate(self.blocks):
             for module in block.modules():
                 own: Any = getattr(module, "initialize", None)

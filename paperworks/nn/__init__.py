@@ -21,6 +21,7 @@ from paperworks.nn.position import (
 )
 from paperworks.nn.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
 from paperworks.nn.routers import NoisyTopKRouter, Router, TopKRouter
+from paperworks.nn.rwkv import RWKV, RWKVChannelMix
 from paperworks.nn.selection import select, select_linears
 from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
@@ -28,6 +29,7 @@ from paperworks.nn.tap import Tap
 
 __all__ = [
     "MLP",
+    "RWKV",
     "ALiBi",
     "AbsolutePositions",
     "Attention",
@@ -50,6 +52,7 @@ __all__ = [
     "NoisyTopKRouter",
     "Norm",
     "RMSNorm",
+    "RWKVChannelMix",
     "RelativeBuckets",
     "RelativePosition",
     "RelativeVectors",

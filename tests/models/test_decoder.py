@@ -8,6 +8,18 @@ from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RMSNorm
 
 # Published sizes (the catalogue's `exact` entries, and the checkpoints of 3.2, smollm2-360m/1.7b and phi3-medium).
 PUBLISHED = {
+    "nano": 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 256 * 128 + 128,
+    "mamba-130m": 129_135_360,
+    "mamba-370m": 371_516_416,
+    "mamba-790m": 793_204_224,
+    "mamba-1.4b": 1_372_178_432,
+    "mamba-2.8b": 2_768_345_600,
+    "rwkv4-169m": 169_342_464,
+    "rwkv4-430m": 430_397_440,
+    "rwkv4-1.5b": 1_515_106_304,
+    "rwkv4-3b": 2_984_627_200,
+    "rwkv4-7b": 7_392_649_216,
+    "rwkv4-14b": 14_148_597_760,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,

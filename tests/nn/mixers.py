@@ -1,6 +1,7 @@
 """One of each mixer, for the tests that hold all of them to the contract. A new mixer needs a line here."""
 
 from paperworks.nn import (
+    RWKV,
     ALiBi,
     Attention,
     DynamicNTKScaling,
@@ -12,6 +13,7 @@ from paperworks.nn import (
     RelativeVectors,
     RMSNorm,
     RoPE,
+    RWKVChannelMix,
     YaRNScaling,
 )
 
@@ -38,6 +40,8 @@ MIXERS = {
     "relative": Attention(heads=4, kv_heads=2, position=RelativeVectors(reach=3)),
     "mamba": Mamba(state=3, rank=2),
     "mamba constant": Mamba(state=3, width=2, selective=False),
+    "rwkv": RWKV(),
+    "rwkv channels": RWKVChannelMix(hidden=24),
     "relative window": Attention(heads=4, window=4, position=RelativeVectors(reach=2, values=False)),
 }
 
