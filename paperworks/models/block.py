@@ -1,4 +1,4 @@
-"""The residual block: a mixer, a feed-forward part and maybe a cross-attention around one stream, four arrangements."""
+"""The residual block: a mixer, a feed-forward part, maybe a cross-attention, in the published arrangements."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +22,7 @@ class Block(Spec):
         arrangement: where the norms stand:
             "pre": x + f(norm(x)) (GPT-2, Llama); "post": norm(x + f(x)) (the original Transformer);
             "parallel": x + mixer(norm1(x)) + feedforward(norm2(x)) (GPT-NeoX); "sandwich": x + norm2(f(norm1(x)))
-            (Gemma 2).
+            (Gemma 2); "plain": f(norm(x)), nothing added (stacked recurrent networks).
         shared_norm: in a parallel block, whether both parts read one norm (GPT-J).
         dropout: the share of each part's output dropped in training.
     """
@@ -31,7 +31,7 @@ class Block(Spec):
     mixer: Mixer
     cross: Mixer | None = None
     feedforward: Feedforward | None = None
-    arrangement: Literal["pre", "post", "parallel", "sandwich"] = "pre"
+    arrangement: Literal["pre", "post", "parallel", "sandwich", "plain"] = "pre"
     shared_norm: bool = False
     dropout: float = 0.0
 
@@ -122,4 +122,6 @@ class BlockModule(nn.Module):
         if self.arrangement == "post":
             return norm(x + self.dropout(part(x, *stream)))
         out = part(norm(x), *stream)
+        if self.arrangement == "plain":
+            return self.dropout(out)
         return x + self.dropout(out if post_norm is None else post_norm(out))

@@ -19,6 +19,7 @@ from paperworks.nn.position import (
     RoPEScaling,
     YaRNScaling,
 )
+from paperworks.nn.recurrent import GRU, LSTM, Elman
 from paperworks.nn.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
 from paperworks.nn.routers import NoisyTopKRouter, Router, TopKRouter
 from paperworks.nn.rwkv import RWKV, RWKVChannelMix
@@ -28,6 +29,8 @@ from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
 from paperworks.nn.tap import Tap
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "MLP",
     "RWKV",
     "ALiBi",
@@ -36,6 +39,7 @@ __all__ = [
     "Cache",
     "CrossAttention",
     "DynamicNTKScaling",
+    "Elman",
     "Experts",
     "Feedforward",
     "GatedMLP",

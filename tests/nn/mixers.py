@@ -1,10 +1,13 @@
 """One of each mixer, for the tests that hold all of them to the contract. A new mixer needs a line here."""
 
 from paperworks.nn import (
+    GRU,
+    LSTM,
     RWKV,
     ALiBi,
     Attention,
     DynamicNTKScaling,
+    Elman,
     LinearScaling,
     Llama3Scaling,
     Mamba,
@@ -42,6 +45,13 @@ MIXERS = {
     "mamba constant": Mamba(state=3, width=2, selective=False),
     "rwkv": RWKV(),
     "rwkv channels": RWKVChannelMix(hidden=24),
+    "elman": Elman(),
+    "sigmoid": Elman(hidden=10, activation="sigmoid"),
+    "lstm": LSTM(),
+    "peepholes": LSTM(hidden=12, peepholes=True),
+    "normed lstm": LSTM(layer_norm=True),
+    "gru": GRU(),
+    "gru after": GRU(hidden=20, reset="after"),
     "relative window": Attention(heads=4, window=4, position=RelativeVectors(reach=2, values=False)),
 }
 

@@ -10,7 +10,7 @@ from paperworks.nn import Attention, GatedMLP, LayerNorm, RMSNorm, RoPE, Spec, o
 from tests.nn.mixers import LENGTH_FREE, MIXERS
 
 # One of each kind: compiling takes seconds.
-COMPILED = ["grouped", "alibi", "buckets", "relative", "mamba", "rwkv"]
+COMPILED = ["grouped", "alibi", "buckets", "relative", "mamba", "rwkv", "peepholes"]
 
 
 def model_of(mixer, dtype=torch.float64):
