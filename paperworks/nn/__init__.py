@@ -27,12 +27,15 @@ from paperworks.nn.selection import select, select_linears
 from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
 from paperworks.nn.tap import Tap
+from paperworks.nn.xlstm import MLSTM, SLSTM
 
 __all__ = [
     "GRU",
     "LSTM",
     "MLP",
+    "MLSTM",
     "RWKV",
+    "SLSTM",
     "ALiBi",
     "AbsolutePositions",
     "Attention",

@@ -3,7 +3,9 @@
 from paperworks.nn import (
     GRU,
     LSTM,
+    MLSTM,
     RWKV,
+    SLSTM,
     ALiBi,
     Attention,
     DynamicNTKScaling,
@@ -52,6 +54,9 @@ MIXERS = {
     "normed lstm": LSTM(layer_norm=True),
     "gru": GRU(),
     "gru after": GRU(hidden=20, reset="after"),
+    "mlstm": MLSTM(heads=2),
+    "slstm": SLSTM(heads=2),
+    "slstm exponential": SLSTM(heads=4, width=2, forget="exponential"),
     "relative window": Attention(heads=4, window=4, position=RelativeVectors(reach=2, values=False)),
 }
 
