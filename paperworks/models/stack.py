@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.models.block import Block
-from paperworks.nn import AbsolutePositions, Cache, Norm, Spec, Stream, auxiliary
+from paperworks.nn import AbsolutePositions, Cache, LinearKind, Norm, Spec, Stream, auxiliary
 from paperworks.nn.relative import share_relative_tables
+from paperworks.nn.ternary import TernaryLinear, convert_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Stack(Spec):
         position: absolute positions added to the embeddings, or None.
         embedding_scale: what embeddings are multiplied by (Gemma: sqrt(dim)), or None.
         embedding_norm: a norm on embeddings and positions together (BERT, BLOOM, RWKV), or None.
+        linear: what the linear layers of the blocks are (BitNet: `BitLinear()`); None for plain ones.
         dropout: the share of embeddings dropped in training.
         init_std: standard deviation of initial weights; outputs to the residual stream get it / sqrt(2 depth) (GPT-2).
             Parts whose papers prescribe their own draw it themselves.
@@ -43,6 +45,7 @@ class Stack(Spec):
     position: AbsolutePositions | None = None
     embedding_scale: float | None = None
     embedding_norm: Norm | None = None
+    linear: LinearKind | None = None
     dropout: float = 0.0
     init_std: float = 0.02
     embedding_std: float | None = None
@@ -92,6 +95,8 @@ class StackModel(nn.Module):
         self.embedding_norm = spec.embedding_norm.build(spec.dim) if spec.embedding_norm else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList([block.build(spec.dim) for block in spec.blocks])
+        if spec.linear is not None:
+            convert_linears(self.blocks, spec.linear)
         self.norm = spec.norm.build(spec.dim) if spec.norm else None
 
     def tie(self) -> None:
@@ -106,7 +111,7 @@ class StackModel(nn.Module):
         """
         std, depth = self.spec.init_std, self.spec.depth
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding | TernaryLinear):
                 scale = 1 / math.sqrt(2 * depth) if getattr(module, "writes_residual", False) else 1.0
                 module.weight.normal_(0.0, std * scale)
                 if getattr(module, "bias", None) is not None:

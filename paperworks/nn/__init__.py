@@ -8,6 +8,7 @@ from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
 from paperworks.nn.identity_norm import NoNorm
 from paperworks.nn.mamba import Mamba
 from paperworks.nn.mixer import Mixer
+from paperworks.nn.mlgru import MLGRU
 from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
 from paperworks.nn.position import (
     DynamicNTKScaling,
@@ -27,11 +28,13 @@ from paperworks.nn.selection import select, select_linears
 from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
 from paperworks.nn.tap import Tap
+from paperworks.nn.ternary import BitLinear, LinearKind
 from paperworks.nn.xlstm import MLSTM, SLSTM
 
 __all__ = [
     "GRU",
     "LSTM",
+    "MLGRU",
     "MLP",
     "MLSTM",
     "RWKV",
@@ -39,6 +42,7 @@ __all__ = [
     "ALiBi",
     "AbsolutePositions",
     "Attention",
+    "BitLinear",
     "Cache",
     "CrossAttention",
     "DynamicNTKScaling",
@@ -48,6 +52,7 @@ __all__ = [
     "GatedMLP",
     "LayerNorm",
     "LearnedPositions",
+    "LinearKind",
     "LinearScaling",
     "Llama3Scaling",
     "LongRoPEScaling",

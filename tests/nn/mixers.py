@@ -3,6 +3,7 @@
 from paperworks.nn import (
     GRU,
     LSTM,
+    MLGRU,
     MLSTM,
     RWKV,
     SLSTM,
@@ -57,6 +58,8 @@ MIXERS = {
     "mlstm": MLSTM(heads=2),
     "slstm": SLSTM(heads=2),
     "slstm exponential": SLSTM(heads=4, width=2, forget="exponential"),
+    "mlgru": MLGRU(),
+    "mlgru reference": MLGRU(gate="reference", lower_bound=0.3),
     "relative window": Attention(heads=4, window=4, position=RelativeVectors(reach=2, values=False)),
 }
 

@@ -1,0 +1,85 @@
+"""MLGRU: a gated recurrence whose gates do not see the state (Zhu et al. 2024, arXiv:2406.02528)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paperworks.nn.linear import residual_output
+from paperworks.nn.mixer import Mixer
+from paperworks.nn.recurrence import StateCache, linear_recurrence, state_of
+from paperworks.nn.stream import Stream
+from paperworks.nn.tap import Tap
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLGRU(Mixer):
+    """h_t = f_t h_{t-1} + (1 - f_t) c_t with f = sigmoid(W_f x) and c = silu(W_c x): an elementwise scan.
+
+    Attributes:
+        gate: "paper", W_o (sigmoid(W_g x) * h), or "reference", W_o (rms_norm(W_g x) * silu(h)).
+        lower_bound: what a forget gate is at least, f = bound + (1 - bound) sigmoid(.); `forget_bounds` gives the
+            layer-wise ones of HGRN.
+    """
+
+    gate: Literal["paper", "reference"] = "paper"
+    lower_bound: float = 0.0
+
+    def validate(self) -> None:
+        """Check the bound."""
+        if not 0 <= self.lower_bound < 1:
+            raise ValueError(f"MLGRU.lower_bound must be in [0, 1), got {self.lower_bound}")
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the module for vectors of `dim` numbers."""
+        return MLGRUModule(dim, self)
+
+
+def forget_bounds(depth: int) -> list[float]:
+    """Return HGRN's lower bounds of the forget gates for equal layer weights: 0 in the first layer, rising, below 1.
+
+    cumsum(softmax(Gamma)) minus its first entry, with Gamma = 0 (Qin et al. 2023, arXiv:2311.04823).
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    return [layer / depth for layer in range(depth)]
+
+
+class MLGRUModule(nn.Module):
+    """The module of `MLGRU`. Tap: `state` (batch, time, dim)."""
+
+    def __init__(self, dim: int, spec: MLGRU) -> None:
+        super().__init__()
+        self.spec, self.dim = spec, dim
+        self.forget = nn.Linear(dim, dim, bias=False)
+        self.candidate = nn.Linear(dim, dim, bias=False)
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.state = Tap()
+        self.norm = nn.RMSNorm(dim, eps=1e-6) if spec.gate == "reference" else None
+        self.output = residual_output(nn.Linear(dim, dim, bias=False))
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
+        """Return the state before the first token: zeros, whatever `capacity`."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return StateCache(state=torch.zeros(batch, self.dim, dtype=wide, device=device))
+
+    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+        """Mix the tokens of x along time."""
+        cache, begins = state_of(stream), stream.begins()
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        bound = self.spec.lower_bound
+        forget = bound + (1 - bound) * torch.sigmoid(self.forget(x).to(wide))
+        drive = (1 - forget) * F.silu(self.candidate(x).to(wide))
+        keeps = forget if begins is None else forget.masked_fill(begins[..., None], 0.0)
+        states = linear_recurrence(keeps, drive, None if cache is None else cache["state"])
+        if cache is not None:
+            cache["state"] = states[:, -1]
+        shown, gate = self.state(states).to(x.dtype), self.gate(x)
+        if self.norm is None:
+            return self.output(torch.sigmoid(gate) * shown)
+        return self.output(self.norm(gate) * F.silu(shown))

@@ -1,0 +1,130 @@
+"""Linear layers trained with weights of -1, 0 and 1: BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int8, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paperworks.nn.selection import replace_module
+from paperworks.nn.spec import Spec
+
+SMALLEST = 1e-5  # what scales are clamped at, as in the reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearKind(Spec):
+    """What the linear layers of a model are: `convert(linear)` gives the module that stands in a plain one's place."""
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        """Return the module, with the weights of `linear`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it makes of a linear layer")
+
+
+def convert_linears(root: nn.Module, kind: LinearKind) -> None:
+    """Replace every plain linear layer under `root`, in place."""
+    for path, module in list(root.named_modules()):
+        if type(module) is nn.Linear:
+            replace_module(root, path, kind.convert(module))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitLinear(LinearKind):
+    """y = Q8(norm(x)) W~^T, W~ = RoundClip(W / mean|W|, -1, 1) * mean|W|; gradients pass straight through both.
+
+    Weights in full precision are what is trained; only their ternary form is multiplied by. Inputs are rounded to
+    eight bits a token, by its largest magnitude.
+
+    Attributes:
+        norm: an RMSNorm without gain before the rounding, in every layer (BitNet, MatMul-free LM), or none, where the
+            block's own norm does.
+        eps: of that norm.
+        straight_through: whether gradients pass; without, nothing can be learned (a control).
+    """
+
+    norm: bool = True
+    eps: float = 1e-8
+    straight_through: bool = True
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        """Return the module, with the weights of `linear`."""
+        return TernaryLinear(linear, self)
+
+
+def ternary(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], Float[Tensor, ""]]:
+    """Return (signs in {-1, 0, 1}, scale): round(W / scale) clipped, scale = mean |W|, at least 1e-5."""
+    scale = weight.abs().mean().clamp(min=SMALLEST)
+    return (weight / scale).round().clamp(-1, 1), scale
+
+
+def eight_bits(x: Float[Tensor, "... dim"]) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... one"]]:
+    """Return (integers from -128 to 127, step): round(x / step), step = the token's largest magnitude / 127."""
+    step = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / 127
+    return (x / step).round().clamp(-128, 127), step
+
+
+class TernaryLinear(nn.Module):
+    """The module of `BitLinear`; `weight` is the one in full precision."""
+
+    def __init__(self, linear: nn.Linear, spec: BitLinear) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        for mark in ("writes_residual",):
+            if hasattr(linear, mark):
+                setattr(self, mark, getattr(linear, mark))
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `print(model)`."""
+        return f"{self.in_features} -> {self.out_features}, ternary, bias={self.bias is not None}"
+
+    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
+        """Multiply by the ternary weight."""
+        if self.spec.norm:
+            x = F.rms_norm(x, (self.in_features,), None, self.spec.eps)
+        signs, scale = ternary(self.weight)
+        integers, step = eight_bits(x)
+        weight, given = signs * scale, integers * step
+        if self.spec.straight_through:
+            weight, given = self.weight + (weight - self.weight).detach(), x + (given - x).detach()
+        return F.linear(given, weight, self.bias)
+
+    @torch.no_grad()
+    def accumulated(self, x: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows out_features"]:
+        """Return the same by additions and subtractions of integers alone, and one multiplication at the end."""
+        if self.spec.norm:
+            x = F.rms_norm(x, (self.in_features,), None, self.spec.eps)
+        signs, scale = ternary(self.weight)
+        integers, step = eight_bits(x)
+        counted = integers.long()
+        added = torch.stack([counted[:, row > 0].sum(1) - counted[:, row < 0].sum(1) for row in signs], 1)
+        out = added.to(x.dtype) * step * scale
+        return out if self.bias is None else out + self.bias
+
+
+_POWERS = (81, 27, 9, 3, 1)  # five ternary digits a byte: 3^5 = 243
+
+
+def pack(signs: Int8[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
+    """Return five ternary digits a byte, row by row: 1.6 bits a weight, padded with zeros.
+
+    Raises ValueError where a value is not -1, 0 or 1.
+    """
+    if not bool(((signs >= -1) & (signs <= 1) & (signs == signs.round())).all()):
+        raise ValueError(f"only -1, 0 and 1 can be packed, got values from {signs.min()} to {signs.max()}")
+    digits = F.pad(signs.to(torch.int16) + 1, (0, -signs.shape[1] % 5), value=1).unflatten(1, (-1, 5))
+    return (digits * torch.tensor(_POWERS, dtype=torch.int16)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: UInt8[Tensor, "out bytes"], columns: int) -> Int8[Tensor, "out in"]:
+    """Return what `pack` packed. Raises ValueError for bytes above 242, or too few of them."""
+    if packed.shape[1] != -(-columns // 5):
+        raise ValueError(f"{columns} columns take {-(-columns // 5)} bytes a row, got {packed.shape[1]}")
+    if packed.numel() and int(packed.max()) > 242:
+        raise ValueError(f"a byte of five ternary digits is at most 242, got {int(packed.max())}")
+    digits = packed[..., None].to(torch.int16) // torch.tensor(_POWERS, dtype=torch.int16) % 3
+    return (digits - 1).flatten(1)[:, :columns].to(torch.int8)
