@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("train", "decode", "adapters", "loading", "memory", "compression", "autoencoders")
+NAMES = ("train", "decode", "adapters", "loading", "memory", "compression", "autoencoders", "architectures")
 
 
 def main() -> None:

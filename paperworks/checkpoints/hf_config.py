@@ -1,25 +1,27 @@
 """Hugging Face's config.json against our specs, family by family, both ways."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from paperworks.checkpoints import hf_recurrent
+from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
 from paperworks.errors import CorruptFile, unknown
 from paperworks.models import Block, Decoder
 from paperworks.nn import (
     MLP,
     Attention,
-    DynamicNTKScaling,
+    Experts,
     GatedMLP,
     LayerNorm,
     LearnedPositions,
-    LinearScaling,
-    Llama3Scaling,
-    LongRoPEScaling,
+    Mamba,
+    Mixer,
     RMSNorm,
     RoPE,
-    RoPEScaling,
-    YaRNScaling,
+    RWKVChannelMix,
+    TopKRouter,
 )
 
 Config = Mapping[str, Any]
@@ -74,7 +76,7 @@ def config_from_spec(spec: Decoder) -> dict[str, Any]:
             config |= family.write(spec)
             if _same_model(family.read(config), spec):
                 return config
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             continue  # this family lacks one of the spec's parts; another may have it
     raise ValueError(
         f"no Hugging Face family expresses this model; tried {', '.join(FAMILIES)}. "
@@ -86,110 +88,25 @@ def _same_model(one: Decoder, other: Decoder) -> bool:
     """Equal up to what says the same in other words: None for the default, one spec for all layers or a tuple."""
 
     def plain(spec: Decoder) -> Decoder:
-        blocks = tuple(
-            replace(
-                block,
-                mixer=replace(
-                    block.mixer,
-                    kv_heads=block.mixer.kv_heads or block.mixer.heads,
-                    head_dim=block.mixer.head_size(spec.dim),
-                    output_bias=block.mixer.bias if block.mixer.output_bias is None else block.mixer.output_bias,
-                    scale=block.mixer.scale or block.mixer.head_size(spec.dim) ** -0.5,
-                ),
-            )
-            for block in spec.blocks
-            if isinstance(block.mixer, Attention)
-        )
-        if len(blocks) != spec.depth:
-            raise ValueError("not every mixer is attention")
-        return replace(spec, block=blocks)
+        return replace(spec, block=tuple(replace(block, mixer=_plain(block.mixer, spec.dim)) for block in spec.blocks))
 
     return plain(one) == plain(other)
 
 
-# --- rotary positions -------------------------------------------------------------------------------------------------
-
-
-def _rope(config: Config, fraction: float = 1.0) -> RoPE:
-    entry = dict(config.get("rope_parameters") or {}) or dict(config.get("rope_scaling") or {})
-    base = float(entry.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10_000.0)
-    trained = int(
-        entry.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
-        or config["max_position_embeddings"]
+def _plain(mixer: Mixer, dim: int) -> Mixer:
+    if isinstance(mixer, Mamba):
+        return replace(mixer, rank=mixer.rank or math.ceil(dim / 16))
+    if isinstance(mixer, RWKVChannelMix):
+        return replace(mixer, hidden=mixer.hidden or 4 * dim)
+    if not isinstance(mixer, Attention):
+        return mixer
+    return replace(
+        mixer,
+        kv_heads=mixer.kv_heads or mixer.heads,
+        head_dim=mixer.head_size(dim),
+        output_bias=mixer.bias if mixer.output_bias is None else mixer.output_bias,
+        scale=mixer.scale or mixer.head_size(dim) ** -0.5,
     )
-    fraction = float(entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or fraction)
-    return RoPE(base=base, fraction=fraction, scaling=_scaling(entry, trained, int(config["max_position_embeddings"])))
-
-
-def _scaling(entry: Config, trained: int, context: int) -> RoPEScaling | None:
-    kind = entry.get("rope_type") or entry.get("type") or "default"
-    match kind:
-        case "default":
-            return None
-        case "linear":
-            return LinearScaling(factor=float(entry["factor"]))
-        case "dynamic":
-            return DynamicNTKScaling(factor=float(entry["factor"]), trained_length=trained)
-        case "yarn":
-            return YaRNScaling(
-                factor=float(entry["factor"]),
-                trained_length=trained,
-                fast=float(entry.get("beta_fast") or 32.0),
-                slow=float(entry.get("beta_slow") or 1.0),
-            )
-        case "llama3":
-            return Llama3Scaling(
-                factor=float(entry["factor"]),
-                low=float(entry["low_freq_factor"]),
-                high=float(entry["high_freq_factor"]),
-                trained_length=trained,
-            )
-        case "longrope" | "su":
-            return LongRoPEScaling(
-                short=tuple(map(float, entry["short_factor"])),
-                long=tuple(map(float, entry["long_factor"])),
-                trained_length=trained,
-                extended_length=context,
-            )
-    raise ValueError(unknown("rope_type", str(kind), ["default", "linear", "dynamic", "yarn", "llama3", "longrope"]))
-
-
-def _rope_config(rope: object) -> dict[str, Any]:
-    if not isinstance(rope, RoPE) or rope.layout != "half":
-        raise ValueError("these families rotate half-split pairs")
-    entry: dict[str, Any] = {"rope_type": "default"}
-    match rope.scaling:
-        case None:
-            pass
-        case LinearScaling(factor=factor):
-            entry = {"rope_type": "linear", "factor": factor}
-        case DynamicNTKScaling(factor=factor):
-            # transformers takes the trained length of this one from max_position_embeddings
-            entry = {"rope_type": "dynamic", "factor": factor}
-        case YaRNScaling(factor=factor, trained_length=trained, fast=fast, slow=slow):
-            entry = {
-                "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained,
-                "beta_fast": fast, "beta_slow": slow,
-            }  # fmt: skip
-        case Llama3Scaling(factor=factor, low=low, high=high, trained_length=trained):
-            entry = {
-                "rope_type": "llama3", "factor": factor, "original_max_position_embeddings": trained,
-                "low_freq_factor": low, "high_freq_factor": high,
-            }  # fmt: skip
-        case LongRoPEScaling(short=short, long=long, trained_length=trained):
-            entry = {
-                "rope_type": "longrope", "short_factor": list(short), "long_factor": list(long),
-                "original_max_position_embeddings": trained,
-            }  # fmt: skip
-        case other:
-            raise ValueError(f"config.json has no {type(other).__name__}")
-    scaled = None if rope.scaling is None else dict(entry)
-    entry |= {"rope_theta": rope.base}
-    if rope.fraction != 1.0:
-        entry |= {"partial_rotary_factor": rope.fraction}
-    # transformers 5 reads rope_parameters, earlier releases and other engines the two older entries
-    return {"rope_parameters": entry, "rope_theta": rope.base, "rope_scaling": scaled}
 
 
 # --- the Llama line: llama, mistral, qwen2, phi3, gemma, gemma2 ----------------------------------------------------
@@ -211,7 +128,7 @@ def _read_llama_like(
         bias=attention_bias,
         output_bias=attention_bias if output_bias is None else output_bias,
         window=window,
-        position=_rope(config),
+        position=rope_from_config(config),
     )
     norm = RMSNorm(eps=float(config["rms_norm_eps"]))
     feedforward = GatedMLP(
@@ -254,7 +171,7 @@ def _write_llama_like(spec: Decoder) -> dict[str, Any]:
         "attention_bias": mixer.bias,
         "mlp_bias": feedforward.bias,
         "initializer_range": spec.init_std,
-        **_rope_config(mixer.position),
+        **rope_config(mixer.position),
     }
 
 
@@ -264,7 +181,8 @@ def _read_mistral(config: Config) -> Decoder:
 
 def _write_windowed(spec: Decoder) -> dict[str, Any]:
     mixer = spec.blocks[0].mixer
-    assert isinstance(mixer, Attention)
+    if not isinstance(mixer, Attention):
+        raise ValueError("this family has attention")
     return _write_llama_like(spec) | {"sliding_window": mixer.window}
 
 
@@ -329,6 +247,39 @@ def _write_gemma2(spec: Decoder) -> dict[str, Any]:
         "query_pre_attn_scalar": round((first.scale or first.head_size(spec.dim) ** -0.5) ** -2),  # an integer there
         "sliding_window": windows.pop() if windows else 4096,
         "layer_types": ["full_attention" if mixer.window is None else "sliding_attention" for mixer in mixers],
+    }
+
+
+# --- Mixtral ----------------------------------------------------------------------------------------------------------
+
+
+def _read_mixtral(config: Config) -> Decoder:
+    base = _read_llama_like(config, window=config.get("sliding_window"), bias=False)
+    assert isinstance(base.block, Block)
+    assert base.block.feedforward is not None
+    router = TopKRouter(
+        balance=float(config.get("router_aux_loss_coef", 0.001)), jitter=float(config.get("router_jitter_noise", 0.0))
+    )
+    experts = Experts(
+        expert=base.block.feedforward,
+        count=config["num_local_experts"],
+        top=config.get("num_experts_per_tok", 2),
+        router=router,
+    )
+    return replace(base, block=replace(base.block, feedforward=experts))
+
+
+def _write_mixtral(spec: Decoder) -> dict[str, Any]:
+    block = spec.blocks[0]
+    experts = block.feedforward
+    if not (isinstance(experts, Experts) and isinstance(experts.router, TopKRouter)):
+        raise ValueError("Mixtral has a mixture of experts in every block")
+    dense = replace(spec, block=tuple(replace(each, feedforward=experts.expert) for each in spec.blocks))
+    return _write_windowed(dense) | {
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.top,
+        "router_aux_loss_coef": experts.router.balance,
+        "router_jitter_noise": experts.router.jitter,
     }
 
 
@@ -401,7 +352,7 @@ def _read_neox(config: Config) -> Decoder:
             mixer=Attention(
                 heads=config["num_attention_heads"],
                 bias=bias,
-                position=_rope(config, fraction=float(config.get("rotary_pct", 0.25))),
+                position=rope_from_config(config, fraction=float(config.get("rotary_pct", 0.25))),
             ),
             feedforward=MLP(hidden=config["intermediate_size"], activation=activation),
         ),
@@ -432,7 +383,7 @@ def _write_neox(spec: Decoder) -> dict[str, Any]:
         "initializer_range": spec.init_std,
         "rotary_pct": rope.fraction if isinstance(rope, RoPE) else None,
         "rotary_emb_base": rope.base if isinstance(rope, RoPE) else None,
-        **_rope_config(rope),
+        **rope_config(rope),
     }
 
 
@@ -442,7 +393,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", _read_qwen2, _write_qwen2),
     "gemma": Family("GemmaForCausalLM", _read_gemma, _write_gemma),
     "gemma2": Family("Gemma2ForCausalLM", _read_gemma2, _write_gemma2),
+    "mixtral": Family("MixtralForCausalLM", _read_mixtral, _write_mixtral),
     "gpt2": Family("GPT2LMHeadModel", _read_gpt2, _write_gpt2),
     "gpt_neox": Family("GPTNeoXForCausalLM", _read_neox, _write_neox),
     "phi3": Family("Phi3ForCausalLM", _read_phi3, _write_phi3),
+    "mamba": Family("MambaForCausalLM", hf_recurrent.read_mamba, hf_recurrent.write_mamba),
+    "rwkv": Family("RwkvForCausalLM", hf_recurrent.read_rwkv, hf_recurrent.write_rwkv),
 }

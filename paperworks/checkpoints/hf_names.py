@@ -1,10 +1,13 @@
 """Hugging Face's tensor names against ours, by model_type."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from torch import Tensor
+
+from paperworks.checkpoints import hf_recurrent
 from paperworks.checkpoints.layout import Codec, HeadInterleaved, Rule, Stacked
 from paperworks.models import Decoder
-from paperworks.nn import Attention
+from paperworks.nn import Attention, Experts
 
 # Tensors that files and releases of the library name differently.
 ALIASES = {"embed_out.weight": ("lm_head.weight",)}  # GPT-NeoX: its files, and the module since transformers 5
@@ -12,6 +15,8 @@ ALIASES = {"embed_out.weight": ("lm_head.weight",)}  # GPT-NeoX: its files, and 
 
 def rules(kind: str, spec: Decoder) -> list[Rule]:
     """Return the rules of a model_type for a model of this spec."""
+    if kind in ("mamba", "rwkv"):
+        return list(hf_recurrent.mamba_rules(spec) if kind == "mamba" else hf_recurrent.rwkv_rules(spec))
     return list({"gpt2": _gpt2, "gpt_neox": _neox}.get(kind, _llama_line)(kind, spec))
 
 
@@ -41,12 +46,40 @@ def _llama_line(kind: str, spec: Decoder) -> Iterator[Rule]:
         linears = {f"self_attn.{name[0]}_proj": (f"mixer.{name}",) for name in ("query", "key", "value")}
         linears |= {f"mlp.{name}_proj": (f"feedforward.{name}",) for name in ("gate", "up")}
     linears |= {"self_attn.o_proj": ("mixer.output",), "mlp.down_proj": ("feedforward.down",)}
-    for layer in range(spec.depth):
+    for layer, block in enumerate(spec.blocks):
         theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
+        if isinstance(block.feedforward, Experts):
+            yield from _experts(f"{theirs}.block_sparse_moe", f"{ours}.feedforward", block.feedforward.count)
         for name, other in norms.items():
             yield Rule(f"{theirs}.{other}.weight", (f"{ours}.{name}.weight",))
         for other, names in linears.items():
             yield from _linear(f"{theirs}.{other}", [f"{ours}.{name}" for name in names])
+
+
+def _experts(theirs: str, ours: str, count: int) -> Iterator[Rule]:
+    """Yield the names of Mixtral's files; see `unfused` for those of the module in memory."""
+    yield Rule(f"{theirs}.gate.weight", (f"{ours}.router.logits.weight",))
+    for index in range(count):
+        for name, mine in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+            yield Rule(f"{theirs}.experts.{index}.{name}.weight", (f"{ours}.experts.{index}.{mine}.weight",))
+
+
+def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the names that files have: transformers keeps Mixtral's experts in one tensor."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(".mlp.experts.gate_up_proj"):
+            place = name.removesuffix(".mlp.experts.gate_up_proj") + ".block_sparse_moe.experts"
+            for index, fused in enumerate(tensor):
+                found[f"{place}.{index}.w1.weight"], found[f"{place}.{index}.w3.weight"] = fused.chunk(2)
+        elif name.endswith(".mlp.experts.down_proj"):
+            place = name.removesuffix(".mlp.experts.down_proj") + ".block_sparse_moe.experts"
+            found |= {f"{place}.{index}.w2.weight": down for index, down in enumerate(tensor)}
+        elif name.endswith(".mlp.gate.weight"):
+            found[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = tensor
+        else:
+            found[name] = tensor
+    return found
 
 
 def _gpt2(kind: str, spec: Decoder) -> Iterator[Rule]:

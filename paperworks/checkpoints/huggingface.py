@@ -78,7 +78,7 @@ def from_transformers(module: nn.Module) -> DecoderModel:
     config: Any = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise TypeError(f"{type(module).__name__} has no config: expected a model of the transformers library")
-    return _assemble(config.to_dict(), _StateDict(module.state_dict()), None, type(module).__name__)
+    return _assemble(config.to_dict(), _StateDict(hf_names.unfused(module.state_dict())), None, type(module).__name__)
 
 
 def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtype | None, origin: str) -> DecoderModel:

@@ -101,6 +101,21 @@ class Shifted(Codec):
 
 
 @dataclass(frozen=True)
+class Reshaped(Codec):
+    """Theirs is ours in another shape."""
+
+    shape: tuple[int, ...]
+
+    def split(self, theirs: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Give it our shape."""
+        return [theirs.reshape(shapes[0])]
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Give it theirs."""
+        return ours[0].reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class Rule:
     """Their tensor `theirs` holds our tensors `ours`; `optional` if a file may leave it out."""
 

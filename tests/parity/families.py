@@ -46,6 +46,9 @@ FAMILIES = {
         **{**_LLAMA, "head_dim": 16, "num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 24}
     ),
     "phi3": lambda: transformers.Phi3Config(**_LLAMA, sliding_window=9),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **_LLAMA, head_dim=8, num_local_experts=4, sliding_window=None, router_aux_loss_coef=0.02
+    ),
     "pythia": lambda: transformers.GPTNeoXConfig(
         vocab_size=97,
         hidden_size=64,
@@ -58,10 +61,19 @@ FAMILIES = {
 }
 
 
+# Other kinds of mixers: no masks, no keys and values to cache as attention has them.
+RECURRENT = {
+    "mamba": lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, state_size=5),
+    "rwkv": lambda: transformers.RwkvConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32, rescale_every=0, context_length=64
+    ),
+}
+
+
 def oracle(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a random model whose biases and gains are random too, so that a forgotten one shows."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config((FAMILIES | RECURRENT)[family]()).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
