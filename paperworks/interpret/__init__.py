@@ -6,6 +6,7 @@ Families of tools are modules of their own: `interpret.sae` (sparse autoencoders
 
 from paperworks.interpret.acdc import Circuit, acdc
 from paperworks.interpret.attribution_patching import attribute_edges, attribute_nodes
+from paperworks.interpret.board_probes import BoardProbe, fit_board
 from paperworks.interpret.contrast import add_at_end, contrast_vectors
 from paperworks.interpret.edges import EdgeGraph
 from paperworks.interpret.folding import centre_unembedding, centre_writes, fold_norms, fold_value_biases
@@ -39,6 +40,7 @@ from paperworks.interpret.truth import TTPD, ttpd
 
 __all__ = [
     "TTPD",
+    "BoardProbe",
     "Circuit",
     "ControlVector",
     "Damage",
@@ -69,6 +71,7 @@ __all__ = [
     "decompose",
     "direct_logit_attribution",
     "edit",
+    "fit_board",
     "fit_ranking",
     "fold_norms",
     "fold_value_biases",

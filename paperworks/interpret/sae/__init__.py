@@ -11,6 +11,7 @@ from paperworks.interpret.sae.attention_output import (
 )
 from paperworks.interpret.sae.autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from paperworks.interpret.sae.autointerp import ChatModel, Score, detection, explain, fuzzing, hold_out, silent_excerpts
+from paperworks.interpret.sae.board_metrics import BoardClassifiers, board_f1, fit_classifiers
 from paperworks.interpret.sae.clamping import clamp, largest_strengths, push
 from paperworks.interpret.sae.dashboard import Excerpt, FeatureView, feature_views
 from paperworks.interpret.sae.directions import geometric_median
@@ -32,6 +33,7 @@ __all__ = [
     "Activations",
     "Annealing",
     "Attribution",
+    "BoardClassifiers",
     "ChatModel",
     "EndToEnd",
     "Excerpt",
@@ -57,10 +59,12 @@ __all__ = [
     "attribute",
     "attribute_to_heads",
     "best_cosines",
+    "board_f1",
     "clamp",
     "detection",
     "explain",
     "feature_views",
+    "fit_classifiers",
     "fuzzing",
     "geometric_median",
     "groups",
