@@ -56,12 +56,24 @@ def norm_readers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _require_stored_weights(model: nn.Module) -> None:
+    """Refuse layers whose weight is computed when asked for: what is written into it would be lost."""
+    for path, module in model.named_modules():
+        if callable(getattr(module, "decoded_weight", None)):
+            raise ValueError(
+                f"{path} ({type(module).__name__}) does not hold its weight as it is: merge adapters and decode weight "
+                "formats first"
+            )
+
+
 @torch.no_grad()
 def fold_norms(model: Model, readers: Mapping[str, Sequence[str]] | None = None) -> Model:
     """Return a copy whose norms have gain 1 and bias 0: W <- W diag(gain), b <- b + W bias in all that read them.
 
-    A tied unembedding is untied first. Raises `ValueError` when `readers` is not given and not known.
+    A tied unembedding is untied first. Raises `ValueError` when `readers` is not given and not known, or a layer is
+    adapted or compressed.
     """
+    _require_stored_weights(model)
     folded = _untied(copy.deepcopy(model))
     for path, linears in (norm_readers(folded) if readers is None else readers).items():
         norm = folded.get_submodule(path)
@@ -101,6 +113,7 @@ def centre_writes(model: Model) -> Model:
             f"the stream's mean matters to {', '.join(sorted(others)) or 'a model without a final norm'}: "
             "writes can be centred only where every norm is a LayerNorm"
         )
+    _require_stored_weights(model)
     centred = _untied(copy.deepcopy(model))
     for path, module in centred.named_modules():
         if isinstance(module, nn.Embedding):  # token embeddings, and learned positions, which are a table too
@@ -116,6 +129,7 @@ def centre_writes(model: Model) -> Model:
 @torch.no_grad()
 def centre_unembedding(model: Model) -> Model:
     """Return a copy whose logits have mean 0 over the vocabulary: shifted by a constant, so log-softmax is the same."""
+    _require_stored_weights(model)
     centred = _untied(copy.deepcopy(model))
     unembedding = _unembedding(centred)
     weight, bias = weight_of(unembedding), bias_of(unembedding)

@@ -1,10 +1,13 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from paperworks import adapt, compress
 from paperworks.interpret.folding import centre_unembedding, centre_writes, fold_norms, fold_value_biases, norm_readers
+from paperworks.models import preset
 from paperworks.nn import Attention, RMSNorm
 from tests.interpret.test_logit_lens import TOKENS, gpt2_like, llama_like
 from tests.parity.families import oracle
@@ -111,3 +114,15 @@ def test_what_cannot_be_folded_is_refused():
         pair[0].bias.uniform_(1, 2)
     x = torch.randn(4, 3)
     assert torch.allclose(fold_norms(pair, {"0": ["1"]})(x), pair(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["adapted", "compressed"])
+def test_weights_that_are_computed_when_asked_for_are_refused(change):
+    model = replace(preset("nano"), depth=1).build()
+    if change == "adapted":
+        adapt.apply(model, adapt.LoRA(rank=2), targets="attention")
+    else:
+        compress.apply(model, compress.Int8(), targets="attention")
+    for fold in (fold_norms, centre_unembedding):
+        with pytest.raises(ValueError, match="does not hold its weight as it is: merge adapters"):
+            fold(model)

@@ -9,6 +9,7 @@ from paperworks.interpret.sae.attention_output import (
     merged_heads,
     through_values,
 )
+from paperworks.interpret.sae.attributes import AdditiveAttributes, attribute_scores, best_meanings
 from paperworks.interpret.sae.autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from paperworks.interpret.sae.autointerp import ChatModel, Score, detection, explain, fuzzing, hold_out, silent_excerpts
 from paperworks.interpret.sae.board_metrics import BoardClassifiers, board_f1, fit_classifiers
@@ -26,11 +27,31 @@ from paperworks.interpret.sae.sparse import Latents
 from paperworks.interpret.sae.splice import Spliced, loss_recovered, splice
 from paperworks.interpret.sae.standard import Standard
 from paperworks.interpret.sae.stitching import groups, insertion_effects, interpolate, nearest_cosines, stitch
+from paperworks.interpret.sae.supervised import (
+    Location,
+    SupervisedDictionary,
+    agreement,
+    approximation,
+    least_squares_codes,
+    mean_codes,
+    sparse_edit,
+)
 from paperworks.interpret.sae.topk import TopK, normalized_error, with_fixed_threshold
 from paperworks.interpret.sae.training import Resampling, Training, resample
+from paperworks.interpret.sae.transfer import (
+    decoder_cosines,
+    gap_closed,
+    norm_mismatch,
+    random_rotation,
+    rescaled,
+    rotate_autoencoder,
+    rotate_stream,
+    transfer_table,
+)
 
 __all__ = [
     "Activations",
+    "AdditiveAttributes",
     "Annealing",
     "Attribution",
     "BoardClassifiers",
@@ -43,6 +64,7 @@ __all__ = [
     "HeadAttribution",
     "JumpReLU",
     "Latents",
+    "Location",
     "Neighbours",
     "Planted",
     "Quality",
@@ -53,19 +75,26 @@ __all__ = [
     "SparseAutoencoderSpec",
     "Spliced",
     "Standard",
+    "SupervisedDictionary",
     "TopK",
     "Training",
     "ablate",
+    "agreement",
+    "approximation",
     "attribute",
+    "attribute_scores",
     "attribute_to_heads",
     "best_cosines",
+    "best_meanings",
     "board_f1",
     "clamp",
+    "decoder_cosines",
     "detection",
     "explain",
     "feature_views",
     "fit_classifiers",
     "fuzzing",
+    "gap_closed",
     "geometric_median",
     "groups",
     "head_shares",
@@ -74,23 +103,32 @@ __all__ = [
     "interpolate",
     "jump_relu",
     "largest_strengths",
+    "least_squares_codes",
     "load",
     "loss_recovered",
+    "mean_codes",
     "measure",
     "merged_heads",
     "nearest_cosines",
     "neighbours",
+    "norm_mismatch",
     "normalized_error",
     "noted_tap",
     "project",
     "push",
+    "random_rotation",
     "recovery",
     "resample",
+    "rescaled",
+    "rotate_autoencoder",
+    "rotate_stream",
     "save",
     "silent_excerpts",
+    "sparse_edit",
     "splice",
     "step",
     "stitch",
     "through_values",
+    "transfer_table",
     "with_fixed_threshold",
 ]
