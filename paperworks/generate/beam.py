@@ -31,16 +31,24 @@ def beam_search(
     beams: int,
     max_new_tokens: int,
     length_penalty: float = 1.0,
+    length_offset: float = 0.0,
     stop_tokens: Sequence[int] = (),
     pad: int = 0,
 ) -> Int[Tensor, "batch new"]:
     """Return the highest-scoring continuation of each prompt found with `beams` hypotheses.
 
-    The score is the sum of log probabilities divided by (new tokens, the stop token included) ^ length_penalty. A
-    prompt is settled once `beams` hypotheses are complete and none still open scores higher at its present length.
+    The score is the sum of log probabilities divided by ((o + n) / (o + 1)) ^ length_penalty, n the new tokens, the
+    stop token included, and o the length_offset: 0 by default, 5 with a penalty of 0.6 in Wu et al. and the
+    Transformer. A prompt is settled once `beams` hypotheses are complete and none still open scores higher at its present length.
     """
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
+    if length_offset < 0:
+        raise ValueError(f"length_offset must be at least 0, got {length_offset}")
+
+    def divisor(new: int) -> float:
+        return ((length_offset + new) / (length_offset + 1)) ** length_penalty
+
     tokens, segments = left_pad(prompts, model.device)  # type: ignore[arg-type]
     batch, device = tokens.shape[0], tokens.device
     rows = torch.arange(batch, device=device).repeat_interleave(beams)
@@ -67,7 +75,7 @@ def beam_search(
             ends = torch.isin(chosen, stops)
             for row, rank in ends[:, :beams].nonzero().tolist():
                 parent = row * beams + int(parents[row, rank])
-                score = float(best[row, rank]) / (step + 1) ** length_penalty
+                score = float(best[row, rank]) / divisor(step + 1)
                 finished[row].add(score, written[parent].tolist())
             open_best = best.masked_fill(ends, -torch.inf)
             scores, kept = open_best.topk(beams, -1)
@@ -75,7 +83,7 @@ def beam_search(
             step_tokens = chosen.gather(1, kept).flatten()[:, None]
             written = torch.cat((written[parent_rows], step_tokens), 1)
             cache.reorder(parent_rows)
-            best_open = (scores.amax(1) / (step + 1) ** length_penalty).tolist()
+            best_open = (scores.amax(1) / divisor(step + 1)).tolist()
             if all(done.settled(score) for done, score in zip(finished, best_open, strict=True)):
                 break
     length = written.shape[1]
@@ -83,7 +91,7 @@ def beam_search(
         for beam in range(beams):
             score = float(scores[row, beam])
             if score > -torch.inf and length:
-                finished[row].add(score / length**length_penalty, written[row * beams + beam].tolist())
+                finished[row].add(score / divisor(length), written[row * beams + beam].tolist())
     best_rows = [done.entries[0][1] if done.entries else [] for done in finished]
     longest = max(map(len, best_rows))
     return torch.tensor(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from paperworks.train.loop import fit as fit
     from paperworks.train.losses import cross_entropy_sum as cross_entropy_sum
     from paperworks.train.losses import next_token_loss as next_token_loss
+    from paperworks.train.losses import smoothed_cross_entropy_sum as smoothed_cross_entropy_sum
     from paperworks.train.optimizers import parameter_groups as parameter_groups
     from paperworks.train.paging import PagedAdamW as PagedAdamW
     from paperworks.train.paging import paged_adamw as paged_adamw
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from paperworks.train.report import Report as Report
     from paperworks.train.schedules import Constant as Constant
     from paperworks.train.schedules import Cosine as Cosine
+    from paperworks.train.schedules import InverseSqrt as InverseSqrt
     from paperworks.train.schedules import Linear as Linear
     from paperworks.train.schedules import Schedule as Schedule
     from paperworks.train.schedules import WarmupStableDecay as WarmupStableDecay
@@ -31,6 +33,7 @@ _OFFERED = {
     "Cosine": "schedules",
     "Diverged": "step",
     "Interrupted": "interrupt",
+    "InverseSqrt": "schedules",
     "Linear": "schedules",
     "PagedAdamW": "paging",
     "Report": "report",
@@ -47,6 +50,7 @@ _OFFERED = {
     "parameter_groups": "optimizers",
     "perplexity": "evaluation",
     "recompute": "recomputation",
+    "smoothed_cross_entropy_sum": "losses",
 }
 
 __all__ = list(_OFFERED)

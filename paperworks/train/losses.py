@@ -76,6 +76,27 @@ def next_targets(
     return targets
 
 
+def smoothed_cross_entropy_sum(
+    logits: Float[Tensor, "rows vocab"],
+    targets: Int[Tensor, " rows"],
+    smoothing: float = 0.1,
+    excluded: tuple[int, ...] = (),
+) -> Float[Tensor, ""]:
+    """Return the sum of -sum_v q_v log p_v over rows whose target is not -100 (Szegedy et al. 2015, arXiv:1512.00567).
+
+    q is 1 - smoothing on the target, and smoothing / K more on each of the K tokens that are not `excluded` (padding,
+    which no target ever is, should get nothing). Raises ValueError for smoothing outside [0, 1).
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+    kept = targets != IGNORED
+    logs = logits[kept].to(_wide(logits)).log_softmax(-1)
+    allowed = torch.ones(logs.shape[1], dtype=torch.bool, device=logs.device)
+    allowed[list(excluded)] = False
+    picked = logs.gather(1, targets[kept][:, None]).sum()
+    return -(1 - smoothing) * picked - smoothing * logs[:, allowed].mean(1).sum()
+
+
 def cross_entropy_sum(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
     """Return the sum of -log softmax(logits)[target] over rows whose target is not -100, in float32 or wider.
 

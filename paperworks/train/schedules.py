@@ -48,6 +48,25 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
+class InverseSqrt(Schedule):
+    """sqrt(warmup / (warmup + step)), after a warm-up of as many steps: the Transformer's (Vaswani et al. 2017).
+
+    Its rate is dim^-0.5 * min(n^-0.5, n * warmup^-1.5) at step n = 1, 2, ..., with the peak (dim * warmup)^-0.5 at
+    n = warmup: `Settings(lr=(dim * warmup) ** -0.5, warmup=warmup, schedule=InverseSqrt(warmup), min_lr=0)`.
+    """
+
+    warmup: int
+
+    def __post_init__(self) -> None:
+        if self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; at least 1 step is needed")
+
+    def __call__(self, step: int, steps: int) -> float:
+        """Return the height of the curve; the first step after the warm-up is one beyond the peak."""
+        return math.sqrt(self.warmup / (self.warmup + step + 1))
+
+
+@dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
     """The peak for most of the run, then a decay over the last steps (Hu et al. 2024, arXiv:2404.06395).
 

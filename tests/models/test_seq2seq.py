@@ -91,6 +91,20 @@ def test_enough_beams_find_the_likeliest_sequence():
         assert torch.equal(found[row], pairs[score.argmax()])
 
 
+@torch.no_grad()
+def test_the_transformers_length_penalty_prefers_longer_texts():
+    """Wu et al. 2016: log P / ((5 + n) / 6)^alpha; the larger alpha, the longer the text that wins."""
+    net, source = model(), ids(6, 5)
+    start, lengths = torch.zeros(6, 1, dtype=torch.int64), []
+    for alpha in (0.0, 8.0):
+        options = {"beams": 4, "max_new_tokens": 8, "stop_tokens": list(range(20)), "pad": -1}
+        found = beam_search(net.given(source), start, length_penalty=alpha, length_offset=5.0, **options)
+        lengths.append((found >= 0).sum().item())
+    assert lengths[1] > lengths[0]
+    with pytest.raises(ValueError, match="length_offset must be at least 0"):
+        beam_search(net.given(source), start, beams=2, max_new_tokens=2, length_offset=-1.0)
+
+
 def test_one_table_serves_both_and_survives_a_round_trip():
     net = model()
     assert net.decoder.embedding.weight is net.encoder.embedding.weight

@@ -61,3 +61,15 @@ def test_no_step_is_spent_at_rate_zero() -> None:
 def test_a_wrong_decay_is_refused(wrong: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         train.WarmupStableDecay(**wrong)
+
+
+def test_the_inverse_square_root_is_the_transformers_schedule() -> None:
+    """dim^-0.5 * min(n^-0.5, n * warmup^-1.5); the peak of the base model is 6.988e-4 at step 4,000 (catalogue)."""
+    dim, warmup = 512, 4000
+    peak = (dim * warmup) ** -0.5
+    assert peak == EXACT(6.988e-4, rel=1e-3)
+    made = train.Settings(steps=9000, lr=peak, warmup=warmup, schedule=train.InverseSqrt(warmup), min_lr=0.0)
+    for n in (1, 2, 3999, 4000, 4001, 9000):
+        assert peak * made.factor(n - 1) == EXACT(dim**-0.5 * min(n**-0.5, n * warmup**-1.5), rel=1e-12)
+    with pytest.raises(ValueError, match="at least 1 step"):
+        train.InverseSqrt(0)
