@@ -39,7 +39,8 @@ def beam_search(
 
     The score is the sum of log probabilities divided by ((o + n) / (o + 1)) ^ length_penalty, n the new tokens, the
     stop token included, and o the length_offset: 0 by default, 5 with a penalty of 0.6 in Wu et al. and the
-    Transformer. A prompt is settled once `beams` hypotheses are complete and none still open scores higher at its present length.
+    Transformer. A prompt is settled once `beams` hypotheses are complete and none still open scores higher at its
+    present length.
     """
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
