@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paperworks.checkpoints import hf_recurrent
+from paperworks.checkpoints import hf_bert, hf_recurrent
 from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
 from paperworks.errors import CorruptFile, unknown
-from paperworks.models import Block, Decoder
+from paperworks.models import Block, Decoder, Stack
 from paperworks.nn import (
     MLP,
     Attention,
@@ -42,11 +42,11 @@ class Family:
     """One model_type: how its config reads as a spec, and how a spec that it can express is written."""
 
     architecture: str
-    read: Callable[[Config], Decoder]
-    write: Callable[[Decoder], dict[str, Any]]
+    read: Callable[[Config], Any]
+    write: Callable[[Any], dict[str, Any]]
 
 
-def spec_from_config(config: Config) -> Decoder:
+def spec_from_config(config: Config) -> Any:
     """Return the spec that a config.json describes.
 
     Raises:
@@ -64,7 +64,7 @@ def spec_from_config(config: Config) -> Decoder:
         raise CorruptFile(f"config.json of model_type {kind!r} has an entry of the wrong kind: {error}") from error
 
 
-def config_from_spec(spec: Decoder) -> dict[str, Any]:
+def config_from_spec(spec: Stack) -> dict[str, Any]:
     """Return the config.json of the first family that expresses `spec` exactly (reading it back gives `spec`).
 
     Raises:
@@ -84,10 +84,10 @@ def config_from_spec(spec: Decoder) -> dict[str, Any]:
     )
 
 
-def _same_model(one: Decoder, other: Decoder) -> bool:
+def _same_model(one: Stack, other: Stack) -> bool:
     """Equal up to what says the same in other words: None for the default, one spec for all layers or a tuple."""
 
-    def plain(spec: Decoder) -> Decoder:
+    def plain(spec: Stack) -> Stack:
         return replace(spec, block=tuple(replace(block, mixer=_plain(block.mixer, spec.dim)) for block in spec.blocks))
 
     return plain(one) == plain(other)
@@ -397,6 +397,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family("GPT2LMHeadModel", _read_gpt2, _write_gpt2),
     "gpt_neox": Family("GPTNeoXForCausalLM", _read_neox, _write_neox),
     "phi3": Family("Phi3ForCausalLM", _read_phi3, _write_phi3),
+    "bert": Family("BertModel", hf_bert.read_bert, hf_bert.write_bert),
     "mamba": Family("MambaForCausalLM", hf_recurrent.read_mamba, hf_recurrent.write_mamba),
     "rwkv": Family("RwkvForCausalLM", hf_recurrent.read_rwkv, hf_recurrent.write_rwkv),
 }

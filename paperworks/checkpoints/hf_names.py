@@ -4,17 +4,19 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from paperworks.checkpoints import hf_recurrent
+from paperworks.checkpoints import hf_bert, hf_recurrent
 from paperworks.checkpoints.layout import Codec, HeadInterleaved, Rule, Stacked
-from paperworks.models import Decoder
+from paperworks.models import Decoder, Encoder
 from paperworks.nn import Attention, Experts
 
 # Tensors that files and releases of the library name differently.
 ALIASES = {"embed_out.weight": ("lm_head.weight",)}  # GPT-NeoX: its files, and the module since transformers 5
 
 
-def rules(kind: str, spec: Decoder) -> list[Rule]:
+def rules(kind: str, spec: Decoder | Encoder) -> list[Rule]:
     """Return the rules of a model_type for a model of this spec."""
+    if isinstance(spec, Encoder):
+        return list(hf_bert.bert_rules(spec))
     if kind in ("mamba", "rwkv"):
         return list(hf_recurrent.mamba_rules(spec) if kind == "mamba" else hf_recurrent.rwkv_rules(spec))
     return list({"gpt2": _gpt2, "gpt_neox": _neox}.get(kind, _llama_line)(kind, spec))
@@ -22,7 +24,8 @@ def rules(kind: str, spec: Decoder) -> list[Rule]:
 
 def ignorable(name: str) -> bool:
     """Return whether a tensor holds nothing that is learned: masks and rotary tables that old files carry."""
-    return name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "inv_freq"))
+    masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+    return name.startswith(hf_bert.HEADS) or name.endswith((*masks, "inv_freq", "position_ids"))
 
 
 def _llama_line(kind: str, spec: Decoder) -> Iterator[Rule]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from paperworks.checkpoints.hf_config import FAMILIES, config_from_spec, spec_fr
 from paperworks.checkpoints.layout import Rule, Stacked, TensorSource, export_weights, import_weights, require_depth
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.errors import CorruptFile, unknown
-from paperworks.models import DecoderModel
+from paperworks.models import DecoderModel, Encoder
 
 
 class _Named:
@@ -83,12 +84,14 @@ def from_transformers(module: nn.Module) -> DecoderModel:
 
 def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtype | None, origin: str) -> DecoderModel:
     spec = spec_from_config(config)
+    if isinstance(spec, Encoder) and not any("pooler.dense" in name for name in source.keys()):  # noqa: SIM118
+        spec = replace(spec, pooler=False)  # saved from a model that had only the encoder
     require_depth(spec, source, origin)
     rules = hf_names.rules(str(config["model_type"]), spec)
     named = _Named(source, rules)
 
     def ignorable(name: str) -> bool:
-        return hf_names.ignorable(name) or (spec.tied and name == "lm_head.weight")
+        return hf_names.ignorable(name) or (getattr(spec, "tied", False) and name == "lm_head.weight")
 
     return import_weights(spec, named, rules, dtype=dtype, ignorable=ignorable, origin=origin)
 
@@ -127,7 +130,7 @@ def save_folder(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 
     state = model.state_dict()
     config["torch_dtype"] = config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     rules = hf_names.rules(config["model_type"], model.spec)
-    if model.spec.tied:
+    if getattr(model.spec, "tied", False):
         rules = [rule for rule in rules if rule.ours != ("unembedding.weight",)]
     with atomic.writing_directory(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

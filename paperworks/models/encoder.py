@@ -23,11 +23,13 @@ class Encoder(Stack):
 
     Attributes:
         token_types: kinds of tokens that get a vector of their own (BERT's two sentences); 0 for none.
+        pooler: whether there is a `Pooler`, which makes one vector of the first token's.
 
     All others are those of `Stack`. The mixers must not be causal.
     """
 
     token_types: int = 0
+    pooler: bool = False
 
     def validate(self) -> None:
         """Check sizes, and that blocks look both ways."""
@@ -51,6 +53,7 @@ class EncoderModel(StackModel):
     def __init__(self, spec: Encoder) -> None:
         super().__init__(spec)
         self.token_type = nn.Embedding(spec.token_types, spec.dim) if spec.token_types else None
+        self.pooler = Pooler(spec.dim) if spec.pooler else None
         self.tie()
         if self.embedding.weight.device.type != "meta":
             self.initialize()
