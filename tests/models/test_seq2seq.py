@@ -31,6 +31,64 @@ def ids(*shape, seed=1):
     return torch.randint(1, 31, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def copy_attention(ours, theirs):
+    theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
+    theirs.in_proj_bias.zero_()
+    theirs.out_proj.weight.copy_(ours.output.weight)
+    theirs.out_proj.bias.zero_()
+
+
+def copy_rest(ours, theirs, last):
+    theirs.linear1.load_state_dict(ours.feedforward.up.state_dict())
+    theirs.linear2.load_state_dict(ours.feedforward.down.state_dict())
+    theirs.norm1.load_state_dict(ours.mixer_norm.state_dict())
+    getattr(theirs, last).load_state_dict(ours.feedforward_norm.state_dict())
+
+
+@pytest.mark.parity
+@torch.no_grad()
+def test_the_original_arrangement_is_torchs_transformer():
+    parts = spec()
+    relu = MLP(hidden=24, activation="relu")
+    ours = replace(
+        parts,
+        encoder=replace(parts.encoder, block=replace(parts.encoder.block, feedforward=relu)),
+        decoder=replace(parts.decoder, block=replace(parts.decoder.block, feedforward=relu)),
+    )
+    torch.manual_seed(0)
+    net = ours.build().double().eval()
+    for parameter in net.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs = torch.nn.Transformer(
+        16, 4, 2, 2, 24, dropout=0.0, activation="relu", batch_first=True, norm_first=False, dtype=torch.float64
+    ).eval()
+    theirs.encoder.norm = theirs.decoder.norm = None
+    for mine, other in zip(net.encoder.blocks, theirs.encoder.layers, strict=True):
+        copy_attention(mine.mixer, other.self_attn)
+        copy_rest(mine, other, "norm2")
+    for mine, other in zip(net.decoder.blocks, theirs.decoder.layers, strict=True):
+        copy_attention(mine.mixer, other.self_attn)
+        copy_attention(mine.cross, other.multihead_attn)
+        copy_rest(mine, other, "norm3")
+        other.norm2.load_state_dict(mine.cross_norm.state_dict())
+    source, target = ids(2, 7), ids(2, 6, seed=2)
+    segments = segments_of(torch.tensor([7, 4]))
+    positions = SinusoidalPositions()
+
+    def embedded(tokens):
+        return net.encoder.embedding(tokens) + positions.table(torch.arange(tokens.shape[1]), 16)
+
+    out = theirs(
+        embedded(source),
+        embedded(target),
+        tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64),
+        src_key_padding_mask=segments == 0,
+        memory_key_padding_mask=segments == 0,
+    )
+    expected = out @ net.encoder.embedding.weight.t()
+    assert (net(source, target, source_segments=segments) - expected).abs().max() < 1e-12
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("arrangement", ["pre", "post", "sandwich"])
 def test_a_target_token_changes_nothing_before_it_and_the_source_everything(arrangement):
