@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paperworks.checkpoints import hf_bert, hf_recurrent
+from paperworks.checkpoints import hf_bert, hf_recurrent, hf_t5
 from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
 from paperworks.errors import CorruptFile, unknown
-from paperworks.models import Block, Decoder, Stack
+from paperworks.models import Block, Decoder, Seq2Seq, Stack
 from paperworks.nn import (
     MLP,
     Attention,
@@ -64,7 +64,7 @@ def spec_from_config(config: Config) -> Any:
         raise CorruptFile(f"config.json of model_type {kind!r} has an entry of the wrong kind: {error}") from error
 
 
-def config_from_spec(spec: Stack) -> dict[str, Any]:
+def config_from_spec(spec: Stack | Seq2Seq) -> dict[str, Any]:
     """Return the config.json of the first family that expresses `spec` exactly (reading it back gives `spec`).
 
     Raises:
@@ -84,10 +84,12 @@ def config_from_spec(spec: Stack) -> dict[str, Any]:
     )
 
 
-def _same_model(one: Stack, other: Stack) -> bool:
+def _same_model(one: Stack | Seq2Seq, other: Stack | Seq2Seq) -> bool:
     """Equal up to what says the same in other words: None for the default, one spec for all layers or a tuple."""
 
-    def plain(spec: Stack) -> Stack:
+    def plain(spec: Any) -> Any:
+        if isinstance(spec, Seq2Seq):
+            return replace(spec, encoder=plain(spec.encoder), decoder=plain(spec.decoder))
         return replace(spec, block=tuple(replace(block, mixer=_plain(block.mixer, spec.dim)) for block in spec.blocks))
 
     return plain(one) == plain(other)
@@ -398,6 +400,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("GPTNeoXForCausalLM", _read_neox, _write_neox),
     "phi3": Family("Phi3ForCausalLM", _read_phi3, _write_phi3),
     "bert": Family("BertModel", hf_bert.read_bert, hf_bert.write_bert),
+    "t5": Family("T5ForConditionalGeneration", hf_t5.read_t5, hf_t5.write_t5),
     "mamba": Family("MambaForCausalLM", hf_recurrent.read_mamba, hf_recurrent.write_mamba),
     "rwkv": Family("RwkvForCausalLM", hf_recurrent.read_rwkv, hf_recurrent.write_rwkv),
 }

@@ -4,17 +4,22 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from paperworks.checkpoints import hf_bert, hf_recurrent
+from paperworks.checkpoints import hf_bert, hf_recurrent, hf_t5
 from paperworks.checkpoints.layout import Codec, HeadInterleaved, Rule, Stacked
-from paperworks.models import Decoder, Encoder
+from paperworks.models import Decoder, Encoder, Seq2Seq
 from paperworks.nn import Attention, Experts
 
 # Tensors that files and releases of the library name differently.
 ALIASES = {"embed_out.weight": ("lm_head.weight",)}  # GPT-NeoX: its files, and the module since transformers 5
 
+# What a file that leaves a tensor out means by it: T5 1.1 as transformers 5 saves it, which ties what was not tied.
+STAND_INS = {"lm_head.weight": "shared.weight"}
 
-def rules(kind: str, spec: Decoder | Encoder) -> list[Rule]:
+
+def rules(kind: str, spec: Decoder | Encoder | Seq2Seq) -> list[Rule]:
     """Return the rules of a model_type for a model of this spec."""
+    if isinstance(spec, Seq2Seq):
+        return list(hf_t5.t5_rules(spec))
     if isinstance(spec, Encoder):
         return list(hf_bert.bert_rules(spec))
     if kind in ("mamba", "rwkv"):
@@ -25,6 +30,8 @@ def rules(kind: str, spec: Decoder | Encoder) -> list[Rule]:
 def ignorable(name: str) -> bool:
     """Return whether a tensor holds nothing that is learned: masks and rotary tables that old files carry."""
     masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+    if name in hf_t5.COPIES:
+        return True
     return name.startswith(hf_bert.HEADS) or name.endswith((*masks, "inv_freq", "position_ids"))
 
 

@@ -15,7 +15,7 @@ from paperworks.checkpoints.hf_config import FAMILIES, config_from_spec, spec_fr
 from paperworks.checkpoints.layout import Rule, Stacked, TensorSource, export_weights, import_weights, require_depth
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.errors import CorruptFile, unknown
-from paperworks.models import DecoderModel, Encoder
+from paperworks.models import DecoderModel, Encoder, Seq2Seq
 
 
 class _Named:
@@ -30,6 +30,9 @@ class _Named:
                 if rule.theirs not in names and other in names:
                     self._names[rule.theirs] = self._names.pop(other)
                     break
+            other = hf_names.STAND_INS.get(rule.theirs, "")
+            if rule.theirs not in self._names and not rule.optional and other in names:
+                self._names[rule.theirs] = other
 
     def keys(self) -> Iterable[str]:
         return self._names.keys()
@@ -91,9 +94,13 @@ def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtyp
     named = _Named(source, rules)
 
     def ignorable(name: str) -> bool:
-        return hf_names.ignorable(name) or (getattr(spec, "tied", False) and name == "lm_head.weight")
+        return hf_names.ignorable(name) or (_tied(spec) and name == "lm_head.weight")
 
     return import_weights(spec, named, rules, dtype=dtype, ignorable=ignorable, origin=origin)
+
+
+def _tied(spec: Any) -> bool:
+    return bool(getattr(spec.decoder if isinstance(spec, Seq2Seq) else spec, "tied", False))
 
 
 def huggingface_names(model: DecoderModel, model_type: str | None = None) -> dict[str, list[str]]:
@@ -130,8 +137,8 @@ def save_folder(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 
     state = model.state_dict()
     config["torch_dtype"] = config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     rules = hf_names.rules(config["model_type"], model.spec)
-    if getattr(model.spec, "tied", False):
-        rules = [rule for rule in rules if rule.ours != ("unembedding.weight",)]
+    if _tied(model.spec):
+        rules = [rule for rule in rules if not rule.ours[0].endswith("unembedding.weight")]
     with atomic.writing_directory(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_shards(out, export_weights(state, rules), max_bytes=max_shard_bytes)

@@ -3,19 +3,25 @@
 import fnmatch
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal, overload
 
 from paperworks.errors import unknown
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
+from paperworks.models.encoder import Encoder
+from paperworks.models.seq2seq import Seq2Seq
 from paperworks.nn import (
     MLP,
     RWKV,
     Attention,
+    CrossAttention,
+    Feedforward,
     GatedMLP,
     LayerNorm,
     LearnedPositions,
     Llama3Scaling,
     Mamba,
+    RelativeBuckets,
     RMSNorm,
     RoPE,
     RWKVChannelMix,
@@ -161,6 +167,65 @@ def rwkv4(dim: int, layers: int, vocab_size: int = 50_277) -> Decoder:
     )
 
 
+def t5(
+    dim: int,
+    hidden: int,
+    depth: int,
+    heads: int,
+    head_dim: int = 64,
+    *,
+    vocab_size: int = 32_128,
+    gated: bool = False,
+    tied: bool = True,
+    buckets: int = 32,
+    max_distance: int = 128,
+    dropout: float = 0.1,
+    eps: float = 1e-6,
+) -> Seq2Seq:
+    """T5 (Raffel et al. 2019, arXiv:1910.10683): pre-norm, no biases, relative buckets, scores without a scale.
+
+    `gated` and not `tied` is version 1.1.
+    """
+    norm = RMSNorm(eps=eps)
+    feedforward: Feedforward = MLP(hidden=hidden, activation="relu", bias=False)
+    if gated:
+        feedforward = GatedMLP(hidden=hidden, activation="gelu_tanh")
+    looking = Attention(
+        heads=heads,
+        head_dim=head_dim,
+        scale=1.0,
+        causal=False,
+        position=RelativeBuckets(buckets=buckets, max_distance=max_distance, bidirectional=True),
+        dropout=dropout,
+    )
+    writing = replace(looking, causal=True, position=RelativeBuckets(buckets=buckets, max_distance=max_distance))
+    cross = CrossAttention(heads=heads, head_dim=head_dim, scale=1.0, dropout=dropout)
+    block = Block(norm=norm, mixer=looking, feedforward=feedforward, dropout=dropout)
+    encoder = Encoder(
+        vocab_size=vocab_size,
+        dim=dim,
+        depth=depth,
+        norm=norm,
+        dropout=dropout,
+        init="fan_in",
+        embedding_std=1.0,
+        block=block,
+    )
+    decoder = Decoder(
+        vocab_size=vocab_size,
+        dim=dim,
+        depth=depth,
+        norm=norm,
+        dropout=dropout,
+        init="fan_in",
+        embedding_std=1.0,
+        block=replace(block, mixer=writing, cross=cross),
+        tied=tied,
+        logit_scale=dim**-0.5 if tied else None,
+    )
+    return Seq2Seq(encoder=encoder, decoder=decoder)
+
+
 def _qwen2(dim: int, depth: int, heads: int, kv_heads: int, hidden: int, vocab_size: int, tied: bool) -> Decoder:
     rope = RoPE(base=1_000_000.0)
     return llama(
@@ -176,7 +241,7 @@ def _smollm2(dim: int, depth: int, heads: int, kv_heads: int, hidden: int, base:
     )  # fmt: skip
 
 
-_PRESETS: dict[str, Callable[[], Decoder]] = {
+_PRESETS: dict[str, Callable[[], Decoder | Seq2Seq]] = {
     "nano": lambda: llama(128, 4, 4, 352, vocab_size=256, context=512, eps=1e-5, tied=True),  # to try things with
     "gpt2": lambda: gpt2(768, 12, 12),
     "gpt2-medium": lambda: gpt2(1024, 24, 16),
@@ -232,6 +297,11 @@ _PRESETS: dict[str, Callable[[], Decoder]] = {
     "rwkv4-3b": lambda: rwkv4(2560, 32),
     "rwkv4-7b": lambda: rwkv4(4096, 32),
     "rwkv4-14b": lambda: rwkv4(5120, 40),
+    "t5-small": lambda: t5(512, 2048, 6, 8),
+    "t5-base": lambda: t5(768, 3072, 12, 12),
+    "t5-large": lambda: t5(1024, 4096, 24, 16),
+    "t5-3b": lambda: t5(1024, 16_384, 24, 32, 128),
+    "t5-11b": lambda: t5(1024, 65_536, 24, 128, 128),
     "pythia-12b": lambda: pythia(5120, 36, 40, vocab_size=50_688),
 }
 
@@ -241,7 +311,11 @@ def presets(pattern: str = "*") -> list[str]:
     return [name for name in _PRESETS if fnmatch.fnmatch(name, pattern)]
 
 
-def preset(name: str) -> Decoder:
+@overload
+def preset(name: Literal["t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b"]) -> Seq2Seq: ...  # type: ignore[overload-overlap]
+@overload
+def preset(name: str) -> Decoder: ...
+def preset(name: str) -> Decoder | Seq2Seq:
     """Return the spec of a named architecture. Raises `ValueError` with the nearest names if there is none."""
     if name not in _PRESETS:
         raise ValueError(unknown("preset", name, _PRESETS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from paperworks.models.block import Block
 from paperworks.nn import AbsolutePositions, Cache, LinearKind, Norm, Spec, Stream, auxiliary
-from paperworks.nn.relative import share_relative_tables
+from paperworks.nn.attention import AttentionModule
+from paperworks.nn.relative import RelativeBucketTable, share_relative_tables
 from paperworks.nn.ternary import TernaryLinear, convert_linears
 
 
@@ -33,6 +34,8 @@ class Stack(Spec):
         dropout: the share of embeddings dropped in training.
         init_std: standard deviation of initial weights; outputs to the residual stream get it / sqrt(2 depth) (GPT-2).
             Parts whose papers prescribe their own draw it themselves.
+        init: "normal" as above, or "fan_in", N(0, 1 / inputs) for every linear layer, queries over sqrt(head_dim) more
+            where scores are not scaled (T5, arXiv:1910.10683: this is what stands in for its missing scale).
         embedding_std: that of the embeddings, where it is another (T5: 1, RWKV: tiny), or None.
     """
 
@@ -48,6 +51,7 @@ class Stack(Spec):
     linear: LinearKind | None = None
     dropout: float = 0.0
     init_std: float = 0.02
+    init: Literal["normal", "fan_in"] = "normal"
     embedding_std: float | None = None
 
     def validate(self) -> None:
@@ -114,15 +118,27 @@ class StackModel(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding | TernaryLinear):
                 scale = 1 / math.sqrt(2 * depth) if getattr(module, "writes_residual", False) else 1.0
                 module.weight.normal_(0.0, std * scale)
+                if self.spec.init == "fan_in" and not isinstance(module, nn.Embedding):
+                    module.weight.normal_(0.0, module.in_features**-0.5)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()  # type: ignore[operator]
         if self.spec.embedding_std is not None:
             self.embedding.weight.normal_(0.0, self.spec.embedding_std)
+        if self.spec.init == "fan_in":
+            self._initialize_unscaled()
         for layer, block in enumerate(self.blocks):
             for module in block.modules():
                 own: Any = getattr(module, "initialize", None)
                 if callable(own):
                     own(layer, depth)
+
+    def _initialize_unscaled(self) -> None:
+        """Draw what T5 draws otherwise: queries of attention without a scale, and the tables of positions."""
+        for module in self.blocks.modules():
+            if isinstance(module, AttentionModule) and module.spec.scale == 1.0:
+                module.query.weight.mul_(module.head_dim**-0.5)
+            if isinstance(module, RelativeBucketTable):
+                module.weight.normal_(0.0, self.spec.dim**-0.5)
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,11 @@ from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RMSNorm
 
 # Published sizes (the catalogue's `exact` entries, and the checkpoints of 3.2, smollm2-360m/1.7b and phi3-medium).
 PUBLISHED = {
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
     "nano": 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 256 * 128 + 128,
     "mamba-130m": 129_135_360,
     "mamba-370m": 371_516_416,
