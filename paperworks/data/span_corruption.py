@@ -61,16 +61,14 @@ def corrupt_spans(
             f"{count + 1} sentinels from {first_sentinel} down reach the largest token, {int(tokens.max())}: "
             "raise first_sentinel, or lose fewer spans"
         )
-    source, target, sentinel = [], [], first_sentinel
-    for token, gone, new in zip(tokens.tolist(), lost.tolist(), begins.tolist(), strict=True):
-        if new:
-            source.append(sentinel)
-            target.append(sentinel)
-            sentinel -= 1
-        (target if gone else source).append(token)
-    target.append(sentinel)
-    closing = [] if end is None else [end]
-    return Corrupted(torch.tensor(source + closing), torch.tensor(target + closing))
+    sentinels = first_sentinel + 1 - begins.cumsum(0)
+    source = torch.where(begins, sentinels, tokens)[~lost | begins]
+    written = torch.stack((torch.where(begins, sentinels, -1), tokens), 1)[lost].flatten()
+    target = torch.cat((written[written >= 0], tokens.new_tensor([first_sentinel - count])))
+    if end is not None:
+        closing = tokens.new_tensor([end])
+        source, target = torch.cat((source, closing)), torch.cat((target, closing))
+    return Corrupted(source, target)
 
 
 def restored(source: Int[Tensor, " source"], target: Int[Tensor, " target"], first_sentinel: int) -> list[int]:
