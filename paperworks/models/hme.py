@@ -19,7 +19,9 @@ HALVINGS = 20  # of a Newton step that would lower its objective
 
 @dataclass(frozen=True, kw_only=True)
 class HME(Spec):
-    """P(y | x) = sum over leaves of (product of the gates on the way) * P_leaf(y | x); gates are softmax(V x), x with a 1.
+    """P(y | x) = sum over leaves of (product of the gates on the way) * P_leaf(y | x), gates softmax(V x).
+
+    A constant 1 is appended to x.
 
     Attributes:
         inputs: numbers in x; outputs: numbers in y.

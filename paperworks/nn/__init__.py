@@ -6,6 +6,7 @@ from paperworks.nn.cross_attention import CrossAttention
 from paperworks.nn.experts import Experts
 from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
 from paperworks.nn.identity_norm import NoNorm
+from paperworks.nn.local_experts import LocalExperts
 from paperworks.nn.mamba import Mamba
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.mlgru import MLGRU
@@ -55,6 +56,7 @@ __all__ = [
     "LinearKind",
     "LinearScaling",
     "Llama3Scaling",
+    "LocalExperts",
     "LongRoPEScaling",
     "Mamba",
     "Mixer",
