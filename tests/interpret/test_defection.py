@@ -36,6 +36,15 @@ def test_the_component_is_numpys_and_points_to_the_class():
     assert float(probe.score(states).mean()) == pytest.approx(0.0, abs=1e-9)
 
 
+def test_the_component_scores_whichever_class_is_named_higher():
+    inside, outside = INSIDE[0].clone(), OUTSIDE[0]
+    inside[:, 2] += 9.0
+    one, other = component_probe(inside, outside), component_probe(outside, inside)
+    assert area(one, inside, outside) > 0.99
+    assert area(other, outside, inside) > 0.99
+    assert torch.allclose(one.direction, -other.direction, atol=1e-9)
+
+
 def test_labels_give_the_component_its_sign_and_nothing_else():
     inside, outside = INSIDE[0].clone(), OUTSIDE[0].clone()
     inside[:, 2] += 9.0
