@@ -1,7 +1,8 @@
 """Record and edit activations of any `torch.nn.Module`, take them apart, find circuits and directions, and steer.
 
 Families of tools are modules of their own: `interpret.sae` (sparse autoencoders), `circuits`, `head_scores`,
-`path_patching`, `svd_weights`, `causal_scrubbing`, `folding`, `probes`, `truth`, `ccs`, `separation`.
+`path_patching`, `circuit_overlap`, `svd_weights`, `causal_scrubbing`, `folding`, `probes`, `truth`, `ccs`,
+`separation`, `defection`.
 """
 
 from paperworks.interpret.acdc import Circuit, acdc

