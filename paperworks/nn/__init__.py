@@ -30,6 +30,7 @@ from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
 from paperworks.nn.tap import Tap
 from paperworks.nn.ternary import BitLinear, LinearKind
+from paperworks.nn.tree_attention import TreeAttention
 from paperworks.nn.xlstm import MLSTM, SLSTM
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "Stream",
     "Tap",
     "TopKRouter",
+    "TreeAttention",
     "YaRNScaling",
     "open_stream",
     "select",

@@ -20,6 +20,7 @@ from paperworks.nn import (
     RMSNorm,
     RoPE,
     RWKVChannelMix,
+    TreeAttention,
     YaRNScaling,
 )
 
@@ -44,6 +45,7 @@ MIXERS = {
     "buckets": Attention(heads=4, kv_heads=2, position=RelativeBuckets(buckets=8, max_distance=12)),
     "buckets apart": Attention(heads=4, position=RelativeBuckets(buckets=8, max_distance=12, shared=False)),
     "relative": Attention(heads=4, kv_heads=2, position=RelativeVectors(reach=3)),
+    "tree": TreeAttention(heads=4, kv_heads=2, position=RoPE()),
     "mamba": Mamba(state=3, rank=2),
     "mamba constant": Mamba(state=3, width=2, selective=False),
     "rwkv": RWKV(),
