@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from paperworks.checkpoints.hf_activations import read_activation, write_activation
 from paperworks.checkpoints.layout import Rule
 from paperworks.models import Block, Encoder
 from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions
 
 Config = Mapping[str, Any]
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 HEADS = "cls."  # masked-language and next-sentence heads, which files of pre-training models carry
 
 
@@ -21,7 +21,7 @@ def read_bert(config: Config) -> Encoder:
         raise ValueError(f"BERT with position_embedding_type={config['position_embedding_type']!r} is not read")
     if config.get("is_decoder"):
         raise ValueError("BERT with is_decoder=true is not read; published checkpoints have it off")
-    activation: Any = _ACTIVATIONS[config.get("hidden_act", "gelu")]
+    activation = read_activation(config.get("hidden_act", "gelu"))
     norm = LayerNorm(eps=float(config.get("layer_norm_eps", 1e-12)))
     dropout = float(config.get("hidden_dropout_prob", 0.1))
     block = Block(
@@ -59,14 +59,13 @@ def write_bert(spec: Encoder) -> dict[str, Any]:
     mixer, feedforward = block.mixer, block.feedforward
     if not (isinstance(mixer, Attention) and isinstance(feedforward, MLP) and isinstance(block.norm, LayerNorm)):
         raise ValueError("BERT has attention, an MLP and LayerNorm in every block")
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     return {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.dim,
         "num_hidden_layers": spec.depth,
         "num_attention_heads": mixer.heads,
         "intermediate_size": feedforward.hidden,
-        "hidden_act": names[feedforward.activation],
+        "hidden_act": write_activation(feedforward.activation),
         "max_position_embeddings": spec.context,
         "type_vocab_size": spec.token_types,
         "layer_norm_eps": block.norm.eps,

@@ -5,36 +5,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paperworks.checkpoints import hf_bert, hf_recurrent, hf_t5
+from paperworks.checkpoints import hf_bert, hf_gpt, hf_recurrent, hf_t5
+from paperworks.checkpoints.hf_activations import read_activation
 from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
 from paperworks.errors import CorruptFile, unknown
 from paperworks.models import Block, Decoder, Seq2Seq, Stack
 from paperworks.nn import (
-    MLP,
     Attention,
     Experts,
     GatedMLP,
-    LayerNorm,
-    LearnedPositions,
     Mamba,
     Mixer,
     RMSNorm,
-    RoPE,
     RWKVChannelMix,
     TopKRouter,
 )
 
 Config = Mapping[str, Any]
-
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
 
 
 @dataclass(frozen=True)
@@ -135,7 +122,7 @@ def _read_llama_like(
     norm = RMSNorm(eps=float(config["rms_norm_eps"]))
     feedforward = GatedMLP(
         hidden=config["intermediate_size"],
-        activation=_ACTIVATIONS[config.get("hidden_activation") or config.get("hidden_act") or "silu"],  # type: ignore[arg-type]
+        activation=read_activation(config.get("hidden_activation") or config.get("hidden_act") or "silu"),
         bias=bool(config.get("mlp_bias", False)),
     )
     return Decoder(
@@ -285,110 +272,6 @@ def _write_mixtral(spec: Decoder) -> dict[str, Any]:
     }
 
 
-# --- GPT-2 and GPT-NeoX ----------------------------------------------------------------------------------------------
-
-
-def _read_gpt2(config: Config) -> Decoder:
-    for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
-        if config.get(option):
-            raise ValueError(f"GPT-2 with {option}=true is not read; published checkpoints have it off")
-    dim, context = config["n_embd"], config["n_positions"]
-    norm = LayerNorm(eps=float(config.get("layer_norm_epsilon", 1e-5)))
-    activation: Any = _ACTIVATIONS[config.get("activation_function", "gelu_new")]
-    return Decoder(
-        vocab_size=config["vocab_size"],
-        dim=dim,
-        depth=config["n_layer"],
-        context=context,
-        position=LearnedPositions(length=context),
-        tied=bool(config.get("tie_word_embeddings", True)),
-        init_std=float(config.get("initializer_range", 0.02)),
-        norm=norm,
-        block=Block(
-            norm=norm,
-            mixer=Attention(heads=config["n_head"], bias=True),
-            feedforward=MLP(hidden=config.get("n_inner") or 4 * dim, activation=activation),
-        ),
-    )
-
-
-def _write_gpt2(spec: Decoder) -> dict[str, Any]:
-    block = spec.blocks[0]
-    if not (
-        isinstance(block.mixer, Attention)
-        and isinstance(block.feedforward, MLP)
-        and isinstance(spec.norm, LayerNorm)
-        and spec.position
-    ):
-        raise ValueError("GPT-2 has attention, an MLP, LayerNorm and learned positions")
-    activation = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}[block.feedforward.activation]
-    return {
-        "vocab_size": spec.vocab_size,
-        "n_embd": spec.dim,
-        "n_layer": spec.depth,
-        "n_head": block.mixer.heads,
-        "n_inner": block.feedforward.hidden,
-        "n_positions": spec.position.length,
-        "activation_function": activation,
-        "layer_norm_epsilon": spec.norm.eps,
-        "tie_word_embeddings": spec.tied,
-        "initializer_range": spec.init_std,
-    }
-
-
-def _read_neox(config: Config) -> Decoder:
-    norm = LayerNorm(eps=float(config.get("layer_norm_eps", 1e-5)))
-    bias = bool(config.get("attention_bias", True))
-    activation: Any = _ACTIVATIONS[config.get("hidden_act", "gelu")]
-    return Decoder(
-        vocab_size=config["vocab_size"],
-        dim=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        context=config["max_position_embeddings"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        init_std=float(config.get("initializer_range", 0.02)),
-        norm=norm,
-        block=Block(
-            norm=norm,
-            arrangement="parallel" if config.get("use_parallel_residual", True) else "pre",
-            mixer=Attention(
-                heads=config["num_attention_heads"],
-                bias=bias,
-                position=rope_from_config(config, fraction=float(config.get("rotary_pct", 0.25))),
-            ),
-            feedforward=MLP(hidden=config["intermediate_size"], activation=activation),
-        ),
-    )
-
-
-def _write_neox(spec: Decoder) -> dict[str, Any]:
-    block = spec.blocks[0]
-    if not (
-        isinstance(block.mixer, Attention) and isinstance(block.feedforward, MLP) and isinstance(spec.norm, LayerNorm)
-    ):
-        raise ValueError("GPT-NeoX has attention, an MLP and LayerNorm")
-    rope = block.mixer.position
-    return {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.dim,
-        "num_hidden_layers": spec.depth,
-        "num_attention_heads": block.mixer.heads,
-        "intermediate_size": block.feedforward.hidden,
-        "max_position_embeddings": spec.context or 1_048_576,
-        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}[
-            block.feedforward.activation
-        ],
-        "layer_norm_eps": spec.norm.eps,
-        "attention_bias": block.mixer.bias,
-        "use_parallel_residual": block.arrangement == "parallel",
-        "tie_word_embeddings": spec.tied,
-        "initializer_range": spec.init_std,
-        "rotary_pct": rope.fraction if isinstance(rope, RoPE) else None,
-        "rotary_emb_base": rope.base if isinstance(rope, RoPE) else None,
-        **rope_config(rope),
-    }
-
-
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _read_llama_like, _write_llama_like),
     "mistral": Family("MistralForCausalLM", _read_mistral, _write_windowed),
@@ -396,8 +279,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("GemmaForCausalLM", _read_gemma, _write_gemma),
     "gemma2": Family("Gemma2ForCausalLM", _read_gemma2, _write_gemma2),
     "mixtral": Family("MixtralForCausalLM", _read_mixtral, _write_mixtral),
-    "gpt2": Family("GPT2LMHeadModel", _read_gpt2, _write_gpt2),
-    "gpt_neox": Family("GPTNeoXForCausalLM", _read_neox, _write_neox),
+    "gpt2": Family("GPT2LMHeadModel", hf_gpt.read_gpt2, hf_gpt.write_gpt2),
+    "gpt_neox": Family("GPTNeoXForCausalLM", hf_gpt.read_neox, hf_gpt.write_neox),
     "phi3": Family("Phi3ForCausalLM", _read_phi3, _write_phi3),
     "bert": Family("BertModel", hf_bert.read_bert, hf_bert.write_bert),
     "t5": Family("T5ForConditionalGeneration", hf_t5.read_t5, hf_t5.write_t5),

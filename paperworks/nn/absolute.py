@@ -88,7 +88,7 @@ class SinusoidalPositions(AbsolutePositions):
 
 
 class Sinusoids(nn.Module):
-    """The module of `SinusoidalPositions`: nothing is learned, and nothing kept but the rows used last."""
+    """The module of `SinusoidalPositions`: nothing is learned, and nothing is kept."""
 
     def __init__(self, dim: int, spec: SinusoidalPositions) -> None:
         super().__init__()

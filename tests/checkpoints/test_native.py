@@ -177,6 +177,7 @@ def test_hostile_configs_are_refused(tmp_path):
         ({"num_key_value_heads": 3}, "must divide heads"),
         ({"rope_scaling": {"type": "yam"}}, "or 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ({"hidden_act": "gelo"}, "unknown activation in config.json 'gelo'; did you mean 'gelu'"),
         ({"rms_norm_eps": None}, "wrong kind"),
     ):
         with pytest.raises(ValueError, match=message):

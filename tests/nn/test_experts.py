@@ -121,6 +121,12 @@ def test_it_is_switchs_layer_with_its_capacity(factor):
     assert bool((found == 0).all(-1).any()) == (factor < 2)  # tokens beyond capacity get nothing here
 
 
+def test_capacity_counts_every_choice_and_is_rounded_down():
+    experts, x = module(capacity=1.0), vectors(1, 1, 8).expand(1, 7, 8)  # all tokens choose the same two of four
+    served = (experts(x)[0] != 0).any(-1)
+    assert served.tolist() == [True] * 3 + [False] * 4  # floor(7 tokens * 2 choices / 4 experts)
+
+
 def test_capacity_serves_first_choices_first_and_then_in_order():
     experts = torch.tensor([[0, 1], [0, 1], [0, 1], [1, 0]])
     assert within_capacity(experts, 2, 2).tolist() == [[True, True], [True, False], [False, False], [True, False]]

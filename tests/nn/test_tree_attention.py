@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from paperworks.models import Block, Decoder
 from paperworks.nn import ALiBi, Attention, GatedMLP, RelativeVectors, RMSNorm, RoPE, TreeAttention, open_stream
-from paperworks.nn.tiled_attention import EMPTY
-from paperworks.nn.tree_attention import Exchange, energy, partial_attention, reduce_ring, reduce_tree
+from paperworks.nn.tiled_attention import EMPTY, Partial
+from paperworks.nn.tree_attention import Exchange, all_reduce, energy, partial_attention, reduce_ring, reduce_tree
 from tests.nn.mixers import MIXERS
 
 WORKERS = 3
@@ -58,6 +58,8 @@ def worker(rank: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", WORKERS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
     found = {name: read_in_pieces(mixer) for name, mixer in SPREAD.items()}
+    alike = Partial(torch.full((1, 1, 1, 2), float(rank)), torch.full((1, 1, 1), 600.0))
+    found["large"] = all_reduce(alike).out  # the sum of such log-sum-exps is no shift for any of them
     model = language_model(SPREAD["grouped"])
     model.blocks[0].mixer.pattern.register_forward_hook(lambda module, args, out: out)
     try:
@@ -74,6 +76,7 @@ def test_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.Mon
     for rank in range(WORKERS):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert "pattern is spread" in found.pop("refused")
+        assert torch.allclose(found.pop("large"), torch.ones(1, 1, 1, 2))  # the mean of 0, 1 and 2
         for name, logits in found.items():
             spec = SPREAD[name]
             alone = read_in_pieces(Attention(**{field.name: getattr(spec, field.name) for field in fields(Attention)}))
