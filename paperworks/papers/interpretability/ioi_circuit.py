@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paperworks import train
+from paperworks.interpret.circuit_overlap import StagedCircuit, staged_circuit
 from paperworks.interpret.patching import Metric, Patching, Site, logit_difference
 from paperworks.interpret.path_patching import Head, all_heads, head_means, minimality, only_heads, path_patch
 from paperworks.lab import Lab, Paper, Verdict
@@ -30,8 +31,7 @@ paper = Paper(
     family="interpretability",
     summary=(
         "Which heads act on the answer, and which heads act on those? Path patching follows the direct paths "
-        "backwards; "
-        "the heads it finds are a circuit if the model still answers with all others knocked out."
+        "backwards; the heads it finds are a circuit if the model still answers with all others knocked out."
     ),
     implements=(
         "paperworks.interpret.path_patching.path_patch",
@@ -44,7 +44,8 @@ paper = Paper(
 NAMES, FILLERS, TIME = 20, 12, 14  # the vocabulary: names first, fillers, then the word that asks
 ASK = NAMES + FILLERS
 HELD_OUT = 4  # the first names never open a sentence in training
-WORTH = 0.05  # share of the model's score that a head's path must change to be followed
+WORTH = 0.05  # share of what corrupting the sentence changes that a head's path must change to be followed
+STAGES = {"last": "logits", "middle": "qkv", "first": "qkv"}  # as many as layers
 MOST = 6  # heads of a circuit
 
 
@@ -150,41 +151,19 @@ def _accuracy(model: nn.Module, sentences: Prompts) -> float:
     return (model(sentences.tokens)[:, -1].argmax(-1) == sentences.answer).float().mean().item()
 
 
-@dataclass(frozen=True)
-class Found:
-    """Heads on strong paths, and the effect of every head's paths: by receivers, the share of the score it changes."""
-
-    heads: list[Head]
-    effects: dict[str, dict[Head, float]]
-
-
-def _search(lab: Lab, model: DecoderModel, sentences: Prompts, whole: float) -> Found:
+def _search(lab: Lab, model: DecoderModel, sentences: Prompts) -> StagedCircuit:
     """Follow the strongest direct paths backwards from the logits."""
-    effects: dict[str, dict[Head, float]] = {}
-    found: set[Head] = set()
-    frontier: list[Head] | None = None  # None: the logits
     with lab.progress("path patching") as advance:
-        for _ in range(len(model.blocks)):
-            if frontier is None:
-                receivers, name, last = ["logits"], "logits", len(model.blocks)
-            else:
-                receivers = [f"{layer}.{head}.{part}" for layer, head in frontier for part in "qkv"]
-                name = "inputs of " + ", ".join(f"{layer}.{head}" for layer, head in frontier)
-                last = max(layer for layer, _ in frontier)
-            effects[name] = {}
-            for sender in all_heads(model):
-                if sender[0] < last:
-                    score = path_patch(
-                        model, sentences.tokens, sentences.corrupted, [sender], receivers, sentences.metric
-                    )
-                    effects[name][sender] = (score - whole) / whole
-                    advance(1)
-            strong = [head for head, effect in effects[name].items() if abs(effect) > WORTH]
-            found |= set(strong)
-            frontier = [head for head in strong if head[0] > 0]
-            if not frontier:
-                break
-    return Found(sorted(found), effects)
+        return staged_circuit(
+            model,
+            sentences.tokens,
+            sentences.corrupted,
+            sentences.metric,
+            STAGES,
+            over=WORTH,
+            relative_to="run",
+            on_each=lambda: advance(1),
+        )
 
 
 def _choose(score: Callable[[Collection[Head]], float], candidates: list[Head], whole: float) -> list[Head]:
@@ -222,7 +201,7 @@ def finds_a_circuit(lab: Lab) -> Verdict:
 
     everything, seen = all_heads(model), _sentences(lab)
     search = scored(seen)
-    found = _search(lab, model, seen, search(everything))
+    found = _search(lab, model, seen)
     circuit = _choose(search, found.heads, search(everything))
     sentences = _sentences(lab, draw=20)  # other sentences and other templates than the search saw
     score = scored(sentences)
@@ -266,12 +245,14 @@ def finds_a_circuit(lab: Lab) -> Verdict:
     )
 
 
-def _draw(lab: Lab, model: DecoderModel, found: Found, worth: dict[Head, float]) -> None:
+def _draw(lab: Lab, model: DecoderModel, found: StagedCircuit, worth: dict[Head, float]) -> None:
     heads = 1 + max(head for _, head in all_heads(model))
-    limit = max(abs(effect) for effects in found.effects.values() for effect in effects.values())
+    stages = {name: effects for name, effects in found.effects.items() if effects}
+    limit = max(abs(effect) for effects in stages.values() for effect in effects.values())
+    into = "logits"
     with lab.figure("paths", figsize=(9.4, 3.4)) as figure:
-        axes = figure.subplots(1, len(found.effects) + 1, squeeze=False)[0]
-        for place, (name, effects) in zip(axes, found.effects.items(), strict=False):
+        axes = figure.subplots(1, len(stages) + 1, squeeze=False)[0]
+        for place, (stage, effects) in zip(axes, stages.items(), strict=False):
             grid = torch.full((len(model.blocks), heads), float("nan"))
             for (layer, head), effect in effects.items():
                 grid[layer, head] = effect
@@ -279,10 +260,11 @@ def _draw(lab: Lab, model: DecoderModel, found: Found, worth: dict[Head, float])
             place.set_xticks(range(heads))
             place.set_yticks(range(len(model.blocks)))
             place.grid(False)
-            place.set_title(f"Paths to the\n{name}" if len(name) < 26 else f"Paths to the\n{name[:24]}…", fontsize=9)
+            place.set_title(f"Paths to the\n{into}" if len(into) < 26 else f"Paths to the\n{into[:24]}…", fontsize=9)
+            into = "inputs of " + ", ".join(f"{layer}.{head}" for layer, head in found.stages[stage])
             place.set_xlabel("head")
         axes[0].set_ylabel("layer")
-        figure.colorbar(image, ax=list(axes[:-1]), label="change of the score", fraction=0.04)
+        figure.colorbar(image, ax=list(axes[:-1]), label="share of the corruption's effect", fraction=0.04)
         names = [f"{layer}.{head}" for layer, head in worth]
         colors = [COLORS[layer % len(COLORS)] for layer, _ in worth]
         axes[-1].bar(names, list(worth.values()), color=colors, edgecolor=FAINT)

@@ -207,7 +207,7 @@ def steps_are_exact(lab: Lab) -> Verdict:
     largest = float(model.decoder.grad.norm(dim=1).max())
     along = float((model.decoder.grad * model.decoder.detach()).sum(dim=1).abs().max()) / largest
     dead = torch.arange(256) < 40
-    alive = float(model.encoder[~dead].norm(dim=1).mean())
+    alive = float(model.encoder[~dead].detach().norm(dim=1).mean())
     sae.resample(model, x, dead, generator=torch.Generator().manual_seed(4))
     new = float((model.encoder[dead].norm(dim=1) / alive - 0.2).abs().max())
     whole = sae.Standard(latents=128, penalty=0.0).build(64)
