@@ -7,12 +7,22 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from paperworks.generate.any_order import Filled, conditionals, fill
 from paperworks.generate.beam import beam_search
 from paperworks.generate.decoding import decode
 from paperworks.generate.sampling import Sampling, penalize_repetition
 from paperworks.generate.text import generate
 
-__all__ = ["Sampling", "beam_search", "decode", "generate", "penalize_repetition"]
+__all__ = [
+    "Filled",
+    "Sampling",
+    "beam_search",
+    "conditionals",
+    "decode",
+    "fill",
+    "generate",
+    "penalize_repetition",
+]
 
 
 class _CallableRoom(ModuleType):

@@ -70,6 +70,11 @@ class BlockCache(MixerCache):
         """Return the memory held, in bytes."""
         return self.mixer.bytes() + self.cross.bytes()
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first tokens."""
+        self.mixer.truncate(length)
+        self.cross.truncate(length)
+
 
 class BlockModule(nn.Module):
     """The module of `Block`; its output is the residual stream after it."""

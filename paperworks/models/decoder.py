@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from paperworks.models.stack import Stack, StackModel
@@ -61,6 +61,8 @@ class DecoderModel(StackModel):
         positions: Int[Tensor, "batch time"] | None = None,
         segments: Int[Tensor, "batch time"] | None = None,
         cache: Cache | None = None,
+        asked: Int[Tensor, "batch time"] | None = None,
+        among: Bool[Tensor, "time time"] | None = None,
         context: Tensor | None = None,
         context_segments: Int[Tensor, "batch other"] | None = None,
         last: int | None = None,
@@ -72,6 +74,8 @@ class DecoderModel(StackModel):
             positions: where the tokens stand; by default they count from the cache, from 0 in each segment.
             segments: tokens see each other only where these agree: documents packed in one row, 0 for padding.
             cache: from `new_cache`; holds what came before, and is advanced past these tokens.
+            asked: the position that each token's logits are about, for models that can be asked (`PairedPositions`).
+            among: (time, time), which of these tokens (rows) see which others of them; by default the earlier ones.
             context: (batch, other time, dim), what cross-attending mixers read; with a cache, needed once.
             context_segments: (batch, other time), 0 where the context is padding.
             last: return the logits of the last so many positions only.
@@ -84,6 +88,8 @@ class DecoderModel(StackModel):
             positions=positions,
             segments=segments,
             cache=cache,
+            asked=asked,
+            among=among,
             context=context,
             context_segments=context_segments,
         )
@@ -97,6 +103,8 @@ class DecoderModel(StackModel):
         positions: Int[Tensor, "batch time"] | None = None,
         segments: Int[Tensor, "batch time"] | None = None,
         cache: Cache | None = None,
+        asked: Int[Tensor, "batch time"] | None = None,
+        among: Bool[Tensor, "time time"] | None = None,
         context: Tensor | None = None,
         context_segments: Int[Tensor, "batch other"] | None = None,
     ) -> Float[Tensor, "batch time dim"]:
@@ -111,6 +119,8 @@ class DecoderModel(StackModel):
             positions=positions,
             segments=segments,
             cache=cache,
+            asked=asked,
+            among=among,
             context=context,
             context_segments=context_segments,
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paperworks.models.block import Block
 from paperworks.nn import AbsolutePositions, Cache, LinearKind, Norm, Spec, Stream, auxiliary
+from paperworks.nn.absolute import PairedPositionTable
 from paperworks.nn.attention import AttentionModule
 from paperworks.nn.relative import RelativeBucketTable, share_relative_tables
 from paperworks.nn.ternary import TernaryLinear, convert_linears
@@ -161,6 +162,8 @@ class StackModel(nn.Module):
         self, tokens: Int[Tensor, "batch time"], stream: Stream, more: Tensor | None = None
     ) -> Float[Tensor, "batch time dim"]:
         """Return what the first block reads; `more` is added to the tokens' own vectors."""
+        if stream.asked is not None and not isinstance(self.position, PairedPositionTable):
+            raise ValueError("this model cannot be asked for a position: build it with position=PairedPositions(...)")
         x = self.embedding(tokens)
         if self.spec.embedding_scale is not None:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype, device=x.device)
@@ -176,6 +179,8 @@ class StackModel(nn.Module):
         self, x: Float[Tensor, "batch time dim"], stream: Stream, cache: Cache | None
     ) -> Float[Tensor, "batch time dim"]:
         """Return the residual stream after all blocks and the final norm."""
+        if stream.among is not None and not all(isinstance(block.mixer, AttentionModule) for block in self.blocks):
+            raise ValueError("`among` says which tokens see each other, which only attention can obey, not recurrence")
         with auxiliary.counting(stream.segments) if stream.segments is not None else nullcontext():
             for index, block in enumerate(self.blocks):
                 x = block(x, stream if cache is None else stream.at(cache.layers[index]))

@@ -1,6 +1,6 @@
 """Parts of networks, each a spec that builds a module: attention, positions, norms, feed-forward."""
 
-from paperworks.nn.absolute import AbsolutePositions, LearnedPositions, SinusoidalPositions
+from paperworks.nn.absolute import AbsolutePositions, LearnedPositions, PairedPositions, SinusoidalPositions
 from paperworks.nn.attention import Attention
 from paperworks.nn.cross_attention import CrossAttention
 from paperworks.nn.experts import Experts
@@ -66,6 +66,7 @@ __all__ = [
     "NoNorm",
     "NoisyTopKRouter",
     "Norm",
+    "PairedPositions",
     "RMSNorm",
     "RWKVChannelMix",
     "RelativeBuckets",

@@ -98,3 +98,40 @@ class Sinusoids(nn.Module):
     def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
         """Add each token's position vector."""
         return x + self.spec.table(stream.positions, self.dim).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedPositions(AbsolutePositions):
+    """Where a token stands and where the next one will: [table[position]; table[asked]] (sigma-GPT, arXiv:2404.09562).
+
+    Both halves read one trained table of vectors of dim / 2 numbers, so a model trained on shuffled sequences can be
+    asked for the token of any position. What is not asked about otherwise is the position that follows; the one
+    after the last has its vector too.
+    """
+
+    length: int
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the table as a module; raises `ValueError` for an odd `dim`."""
+        return PairedPositionTable(self.length, dim)
+
+
+class PairedPositionTable(nn.Embedding):
+    """The module of `PairedPositions`: x + [table[position]; table[asked]]."""
+
+    def __init__(self, length: int, dim: int) -> None:
+        if dim % 2:
+            raise ValueError(f"PairedPositions needs an even dim, half for each of two positions, got {dim}")
+        super().__init__(length + 1, dim // 2)
+        self.length = length
+
+    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:  # type: ignore[override]
+        """Add the vectors of each token's position and of the one asked for."""
+        here = stream.positions
+        asked = here + 1 if stream.asked is None else stream.asked
+        for name, positions, end in (("position", here, self.length), ("asked position", asked, self.length + 1)):
+            low, high = (int(bound) for bound in positions.aminmax())
+            if low < 0 or high >= end:
+                raise ValueError(f"{name} {low if low < 0 else high} is beyond the {self.length} learned positions")
+        both = torch.cat(torch.broadcast_tensors(super().forward(here), super().forward(asked)), -1)
+        return x + both

@@ -15,6 +15,7 @@ from paperworks.nn.position import RoPE
 from paperworks.nn.relative import RelativeModule, RelativePosition
 from paperworks.nn.stream import MixerCache, Stream
 from paperworks.nn.tap import Tap
+from paperworks.nn.visibility import Piece, Visibility, band, by_piece, documents, worthwhile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,11 @@ class KeyValueCache(MixerCache):
         """Return the memory held, in bytes."""
         return self.keys.nbytes + self.values.nbytes
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first tokens; what is stored next takes their slots."""
+        if self.rolling:
+            super().truncate(length)
+
     def extend(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Store new keys and values (batch, heads, time, head_dim); return all that the new tokens may look at.
 
@@ -147,31 +153,6 @@ class KeyValueCache(MixerCache):
         return order if time == 1 else torch.cat((order, torch.arange(start, end, device=device)))
 
 
-@dataclass(frozen=True, eq=False)
-class Visibility:
-    """Which keys each query sees: plain causal, or a mask that broadcasts to (batch, heads, query, key), or all.
-
-    A mask is True where a key is seen, or a number to add to the score, as relative positions do (-inf: not seen);
-    these also say the `distance` of each key from each query.
-    """
-
-    causal: bool
-    mask: Tensor | None
-    distance: Int[Tensor, "query key"] | None = None
-
-    def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """Return the mask, causal or not, as a tensor; None where everything is seen."""
-        if self.causal:
-            return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-        return self.mask
-
-    def biased(self, bias: Float[Tensor, "batch heads query key"], distance: Tensor) -> "Visibility":
-        """Return the same with numbers to add to the scores."""
-        queries, keys = distance.shape
-        seen = self.dense(queries, keys, bias.device)
-        return Visibility(False, bias if seen is None else bias.masked_fill(~seen, -math.inf), distance)
-
-
 def _visibility(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int | None) -> Visibility:
     rolling = cache.capacity if cache is not None and cache.rolling else None
     key = ("visibility", causal, window, rolling, cache is None)
@@ -184,17 +165,21 @@ def _see(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int 
     start, time, device = stream.start, stream.time, stream.positions.device
     end = start + time
     in_window = window is None or end <= window
-    one_document = stream.history is None
+    one_document = stream.history is None and stream.among is None
     if one_document and not causal:
         return Visibility(causal=False, mask=None)
     if one_document and time == 1 and (in_window or (cache is not None and cache.rolling)):
         return Visibility(causal=False, mask=None)
     if one_document and start == 0 and in_window:
         return Visibility(causal=True, mask=None)
+    if pieces := _pieces(stream, causal, window):
+        return Visibility(causal=False, pieces=pieces)
     keys = cache.visible_order(start, time, device) if cache is not None else torch.arange(end, device=device)
     queries = torch.arange(start, end, device=device)[:, None]
     seen = torch.ones(time, len(keys), dtype=torch.bool, device=device)
-    if causal:
+    if stream.among is not None:
+        seen[:, keys >= start] = stream.among[:, keys[keys >= start] - start]
+    elif causal:
         seen &= keys <= queries
     if window is not None:
         seen &= keys > queries - window
@@ -203,6 +188,22 @@ def _see(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int 
         assert stream.segments is not None
         mask = mask & (stream.segments[:, None, :, None] == stream.history[:, keys][:, None, None, :])
     return Visibility(causal=False, mask=mask)
+
+
+def _pieces(stream: Stream, causal: bool, window: int | None) -> tuple[Piece, ...] | None:
+    """Divide what a whole sequence sees, where that saves more than half: packed documents, and windows in long rows.
+
+    On a CPU only: elsewhere reading where documents end would wait for the device at every call.
+    """
+    device, time = stream.positions.device, stream.time
+    if stream.start or stream.among is not None or device.type != "cpu" or time < 64 or torch.compiler.is_compiling():
+        return None
+    if stream.segments is not None:
+        pieces = documents(stream.segments, causal=causal, window=window)
+        rows = len(stream.segments)
+    else:
+        pieces, rows = None if window is None else tuple(band(time, window, device)), 1
+    return pieces if pieces is not None and worthwhile(pieces, rows, time, time) else None
 
 
 class AttentionModule(nn.Module):
@@ -240,6 +241,8 @@ class AttentionModule(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
+        if stream.among is not None and (self.spec.window is not None or self.relative is not None):
+            raise ValueError("`among` says which tokens see each other: a window or relative positions count otherwise")
         queries = self.query(x).unflatten(-1, (self.spec.heads, self.head_dim)).transpose(1, 2)
         keys = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         values = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
@@ -320,6 +323,8 @@ class AttentionModule(nn.Module):
 
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
         dropout = self.spec.dropout if self.training else 0.0
+        if visible.pieces is not None:
+            return by_piece(visible.pieces, queries, keys, values, self._fused_piece)
         if queries.shape[2] == 1 and self.kv_heads < self.spec.heads:
             # One new token: the queries of a group take the place of time, so shared keys are read once, not copied.
             grouped = queries.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
@@ -340,3 +345,6 @@ class AttentionModule(nn.Module):
             scale=self.scale,
             enable_gqa=self.kv_heads < self.spec.heads,
         )
+
+    def _fused_piece(self, queries: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
+        return self._fused(queries, keys, values, Visibility(piece.causal, piece.mask))

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from paperworks.nn.attention import Attention, AttentionModule, Visibility
+from paperworks.nn.attention import Attention, AttentionModule
 from paperworks.nn.stream import MixerCache, Stream
+from paperworks.nn.visibility import Visibility
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,9 @@ class ContextCache(MixerCache):
     def bytes(self) -> int:
         """Return the memory held, in bytes."""
         return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
+
+    def truncate(self, length: int) -> None:
+        """Keep everything: the context does not grow with the tokens."""
 
 
 class CrossAttentionModule(AttentionModule):

@@ -21,6 +21,13 @@ class MixerCache(ABC):
     def bytes(self) -> int:
         """Return the memory held, in bytes."""
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens. Raises `ValueError` where what is held cannot be taken apart."""
+        raise ValueError(
+            f"{type(self).__name__} cannot be truncated: it keeps a summary of all tokens (or only the last ones), not "
+            "each of them; use attention without a window for what has to take tokens back"
+        )
+
 
 @dataclass(kw_only=True)
 class Stream:
@@ -35,6 +42,10 @@ class Stream:
         horizon: the length this stream will have at most; encodings that depend on the length (dynamic NTK,
             LongRoPE) read it, so that all keys of one cache are rotated alike.
         cache: the cache of the mixer that reads this stream, or None.
+        asked: int64 (batch or 1, time) or None; the position whose token each of these is to predict, where that is not
+            simply the next one (`PairedPositions`, sigma-GPT).
+        among: bool (time, time) or None; which tokens of this call (rows) see which others of it (columns), instead of
+            the earlier ones. All see what the cache holds. Attention only.
         context: (batch, other time, dim) or None; what a cross-attending mixer reads.
         context_segments: int64 (batch, other time) or None; 0 is padding of the context, and in packed rows a token
             reads what has its own segment.
@@ -50,6 +61,8 @@ class Stream:
     horizon: int = 0
     default_positions: bool = True
     cache: MixerCache | None = None
+    asked: Int[Tensor, "batch time"] | None = None
+    among: Bool[Tensor, "time time"] | None = None
     context: Tensor | None = None
     context_segments: Int[Tensor, "batch other"] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -95,6 +108,19 @@ class Cache:
         if self._next is not None:
             self._next = self._next.index_select(0, rows)
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens, so that others can take their place.
+
+        Raises `ValueError` when there are not so many, or when a layer cannot forget (recurrent ones, rolling windows).
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"the cache holds {self.length} tokens and cannot be cut to {length}")
+        for layer in self.layers:
+            layer.truncate(length)
+        if self._next is not None:
+            self._next = self._next - (self.length - length)
+        self.length = length
+
     def bytes(self) -> int:
         """Return the memory held by all layers, in bytes."""
         return sum(layer.bytes() for layer in self.layers)
@@ -108,6 +134,8 @@ def open_stream(
     positions: Int[Tensor, "batch time"] | None = None,
     segments: Int[Tensor, "batch time"] | None = None,
     cache: Cache | None = None,
+    asked: Int[Tensor, "batch time"] | None = None,
+    among: Bool[Tensor, "time time"] | None = None,
     context: Tensor | None = None,
     context_segments: Int[Tensor, "batch other"] | None = None,
 ) -> Stream:
@@ -123,9 +151,11 @@ def open_stream(
             f"the cache holds {cache.capacity} tokens and {start} are in it: no room for {time} more; "
             f"open it with new_cache(batch, capacity={start + time}) or more"
         )
-    for name, tensor in (("positions", positions), ("segments", segments)):
+    for name, tensor in (("positions", positions), ("segments", segments), ("asked", asked)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != time or tensor.shape[0] not in (1, batch)):
             raise ValueError(f"{name} must have shape ({batch}, {time}) like the tokens, got {tuple(tensor.shape)}")
+    if among is not None and (among.shape != (time, time) or among.dtype != torch.bool):
+        raise ValueError(f"among must be bool ({time}, {time}), got {among.dtype} {tuple(among.shape)}")
     if context_segments is not None and (context is None or context_segments.shape != context.shape[:2]):
         shape = None if context is None else tuple(context.shape)
         raise ValueError(
@@ -151,6 +181,8 @@ def open_stream(
         history=history,
         horizon=cache.capacity if cache is not None else time,
         default_positions=default and history is None and (cache is None or cache._next is None),
+        asked=asked,
+        among=among,
         context=context,
         context_segments=context_segments,
         tables=cache.tables if cache is not None else {},

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.nn.attention import Attention, AttentionModule, KeyValueCache, Visibility
+from paperworks.nn.attention import Attention, AttentionModule, KeyValueCache
 from paperworks.nn.stream import Stream
 from paperworks.nn.tiled_attention import EMPTY, Partial, merge
+from paperworks.nn.visibility import Visibility
 
 
 @dataclass
@@ -199,7 +200,7 @@ class TreeAttentionModule(AttentionModule):
             raise ValueError("the attention pattern is spread over processes: take its tap with one process")
         spread, time = self._spread, queries.shape[2]
         mask = visible.mask
-        if visible.causal:
+        if visible.causal or visible.pieces is not None:
             mask = visible.dense(time, time, queries.device)  # nothing came before
         if mask is not None:
             mask = mask[..., spread.own(0, mask.shape[-1])]

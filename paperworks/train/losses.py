@@ -27,25 +27,27 @@ def next_token_loss(model: nn.Module, batch: Any) -> tuple[Float[Tensor, ""], In
         "targets": int64 (batch, time), the token to predict AT each position, that is, after it; -100 is ignored.
             Without it, each position's target is the token that follows in the row;
         "segments": int64 (batch, time), which document of a packed row a token belongs to; 0 is padding. Nothing is
-            learned at padding, nor across the border of two documents.
-    model: model(tokens) -> logits (batch, time, vocab), or an object that has them as `.logits`; it is called as
-        model(tokens, segments=segments) when there are segments.
+            learned at padding, nor across the border of two documents;
+        "positions", "asked": int64 (batch, time), where tokens stand, and which position each is to predict: for rows
+            that are not in order (`data.orders`). With "asked" there must be "targets".
+    model: model(tokens) -> logits (batch, time, vocab), or an object that has them as `.logits`; it is called with
+        segments=, positions= and asked= where the batch has them.
     Raises TypeError or ValueError when the batch is not like that.
     """
-    tokens, targets, segments = _parts(batch)
-    output = model(tokens) if segments is None else model(tokens, segments=segments)
+    tokens, targets, where = _parts(batch)
+    output = model(tokens, **where)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != tokens.shape or logits.dim() != 3:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(
             f"the model returned {got} for tokens {tuple(tokens.shape)}; logits (batch, time, vocab) are needed"
         )
-    wanted = next_targets(tokens, targets, segments)
+    wanted = next_targets(tokens, targets, where.get("segments"))
     cross_entropy = cross_entropy_sum if logits.numel() >= LEAN_FROM else plain_cross_entropy_sum
     return cross_entropy(logits.flatten(0, 1), wanted.flatten()), (wanted != IGNORED).sum()
 
 
-def _parts(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _parts(batch: Any) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     if isinstance(batch, Tensor):
         batch = {"tokens": batch}
     if not isinstance(batch, Mapping) or "tokens" not in batch:
@@ -53,13 +55,16 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
             f"the batch is {type(batch).__name__}; next_token_loss needs int64 tokens (batch, time), "
             'or a mapping with "tokens" and, if wanted, "targets" and "segments"'
         )
-    tokens, targets, segments = batch["tokens"], batch.get("targets"), batch.get("segments")
+    tokens, targets = batch["tokens"], batch.get("targets")
+    where = {name: batch[name] for name in ("segments", "positions", "asked") if batch.get(name) is not None}
     if tokens.dim() != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens is {tokens.dtype} {tuple(tokens.shape)}; int64 (batch, time) is needed")
-    for name, other in (("targets", targets), ("segments", segments)):
+    for name, other in (("targets", targets), *where.items()):
         if other is not None and other.shape != tokens.shape:
             raise ValueError(f"{name} has shape {tuple(other.shape)}, tokens {tuple(tokens.shape)}; they must be equal")
-    return tokens, targets, segments
+    if "asked" in where and targets is None:
+        raise ValueError('the batch says which positions are "asked" for; "targets" must say what stands there')
+    return tokens, targets, where
 
 
 def next_targets(
