@@ -279,6 +279,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("GemmaForCausalLM", _read_gemma, _write_gemma),
     "gemma2": Family("Gemma2ForCausalLM", _read_gemma2, _write_gemma2),
     "mixtral": Family("MixtralForCausalLM", _read_mixtral, _write_mixtral),
+    "openai-gpt": Family("OpenAIGPTLMHeadModel", hf_gpt.read_gpt1, hf_gpt.write_gpt1),
     "gpt2": Family("GPT2LMHeadModel", hf_gpt.read_gpt2, hf_gpt.write_gpt2),
     "gpt_neox": Family("GPTNeoXForCausalLM", hf_gpt.read_neox, hf_gpt.write_neox),
     "phi3": Family("Phi3ForCausalLM", _read_phi3, _write_phi3),

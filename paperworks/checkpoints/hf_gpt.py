@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-NeoX in Hugging Face's config.json, both ways."""
+"""GPT, GPT-2 and GPT-NeoX in Hugging Face's config.json, both ways."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,67 @@ from paperworks.models import Block, Decoder
 from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RoPE
 
 Config = Mapping[str, Any]
+
+
+def read_gpt1(config: Config) -> Decoder:
+    """Read the config of OpenAI's first GPT, whose "gelu" is the tanh form."""
+    dim, context = config["n_embd"], config["n_positions"]
+    norm = LayerNorm(eps=float(config.get("layer_norm_epsilon", 1e-5)))
+    name = config.get("afn", "gelu")
+    activation = read_activation("gelu_new" if name == "gelu" else name)
+    residual = float(config.get("resid_pdrop", 0.1))
+    return Decoder(
+        vocab_size=config["vocab_size"],
+        dim=dim,
+        depth=config["n_layer"],
+        context=context,
+        position=LearnedPositions(length=context),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        init_std=float(config.get("initializer_range", 0.02)),
+        dropout=float(config.get("embd_pdrop", 0.1)),
+        norm=None,
+        block=Block(
+            norm=norm,
+            arrangement="post",
+            mixer=Attention(heads=config["n_head"], bias=True, dropout=float(config.get("attn_pdrop", 0.1))),
+            feedforward=MLP(hidden=4 * dim, activation=activation),
+            dropout=residual,
+        ),
+    )
+
+
+def write_gpt1(spec: Decoder) -> dict[str, Any]:
+    """Write a post-norm decoder with learned positions and no last norm as OpenAI's first GPT."""
+    block = spec.blocks[0]
+    fits = (
+        block.arrangement == "post"
+        and isinstance(block.mixer, Attention)
+        and isinstance(block.feedforward, MLP)
+        and isinstance(block.norm, LayerNorm)
+        and isinstance(spec.position, LearnedPositions)
+        and spec.norm is None
+    )
+    if not fits or block.feedforward.hidden != 4 * spec.dim:  # type: ignore[union-attr]
+        raise ValueError("GPT has post-norm blocks, MLPs of 4 dim, learned positions and no norm after the last block")
+    assert isinstance(block.mixer, Attention)
+    assert isinstance(block.feedforward, MLP)
+    assert isinstance(block.norm, LayerNorm)
+    assert isinstance(spec.position, LearnedPositions)
+    activation = write_activation(block.feedforward.activation)
+    return {
+        "vocab_size": spec.vocab_size,
+        "n_embd": spec.dim,
+        "n_layer": spec.depth,
+        "n_head": block.mixer.heads,
+        "n_positions": spec.position.length,
+        "afn": "gelu" if activation in ("gelu_new", "gelu_pytorch_tanh") else activation,
+        "layer_norm_epsilon": block.norm.eps,
+        "tie_word_embeddings": spec.tied,
+        "initializer_range": spec.init_std,
+        "embd_pdrop": spec.dropout,
+        "attn_pdrop": block.mixer.dropout,
+        "resid_pdrop": block.dropout,
+    }
 
 
 def read_gpt2(config: Config) -> Decoder:

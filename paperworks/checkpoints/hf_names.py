@@ -24,7 +24,7 @@ def rules(kind: str, spec: Decoder | Encoder | Seq2Seq) -> list[Rule]:
         return list(hf_bert.bert_rules(spec))
     if kind in ("mamba", "rwkv"):
         return list(hf_recurrent.mamba_rules(spec) if kind == "mamba" else hf_recurrent.rwkv_rules(spec))
-    return list({"gpt2": _gpt2, "gpt_neox": _neox}.get(kind, _llama_line)(kind, spec))
+    return list({"openai-gpt": _gpt1, "gpt2": _gpt2, "gpt_neox": _neox}.get(kind, _llama_line)(kind, spec))
 
 
 def ignorable(name: str) -> bool:
@@ -92,11 +92,22 @@ def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _gpt1(kind: str, spec: Decoder) -> Iterator[Rule]:
+    yield Rule("transformer.tokens_embed.weight", ("embedding.weight",))
+    yield Rule("transformer.positions_embed.weight", ("position.weight",))
+    yield Rule("lm_head.weight", ("unembedding.weight",), optional=spec.tied)
+    yield from _gpt_blocks(spec)
+
+
 def _gpt2(kind: str, spec: Decoder) -> Iterator[Rule]:
     yield Rule("transformer.wte.weight", ("embedding.weight",))
     yield Rule("transformer.wpe.weight", ("position.weight",))
     yield Rule("lm_head.weight", ("unembedding.weight",), optional=spec.tied)
     yield from _layer_norm("transformer.ln_f", "norm")
+    yield from _gpt_blocks(spec)
+
+
+def _gpt_blocks(spec: Decoder) -> Iterator[Rule]:
     transposed = Stacked(transposed=True)
     for layer in range(spec.depth):
         theirs, ours = f"transformer.h.{layer}", f"blocks.{layer}"

@@ -9,6 +9,8 @@ from paperworks.errors import unknown
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
 from paperworks.models.encoder import Encoder
+from paperworks.models.gpt import gpt1, gpt2, gpt3
+from paperworks.models.openelm import openelm
 from paperworks.models.seq2seq import Seq2Seq
 from paperworks.nn import (
     MLP,
@@ -18,7 +20,6 @@ from paperworks.nn import (
     Feedforward,
     GatedMLP,
     LayerNorm,
-    LearnedPositions,
     Llama3Scaling,
     Mamba,
     RelativeBuckets,
@@ -26,24 +27,6 @@ from paperworks.nn import (
     RoPE,
     RWKVChannelMix,
 )
-
-
-def gpt2(dim: int, depth: int, heads: int) -> Decoder:
-    """GPT-2 (Radford et al. 2019): pre-norm, learned positions, tanh GELU, biases everywhere, tied."""
-    return Decoder(
-        vocab_size=50_257,
-        dim=dim,
-        depth=depth,
-        context=1024,
-        position=LearnedPositions(length=1024),
-        tied=True,
-        norm=LayerNorm(),
-        block=Block(
-            norm=LayerNorm(),
-            mixer=Attention(heads=heads, bias=True),
-            feedforward=MLP(hidden=4 * dim, activation="gelu_tanh"),
-        ),
-    )
 
 
 def llama(
@@ -243,10 +226,25 @@ def _smollm2(dim: int, depth: int, heads: int, kv_heads: int, hidden: int, base:
 
 _PRESETS: dict[str, Callable[[], Decoder | Seq2Seq]] = {
     "nano": lambda: llama(128, 4, 4, 352, vocab_size=256, context=512, eps=1e-5, tied=True),  # to try things with
+    "gpt1": gpt1,
     "gpt2": lambda: gpt2(768, 12, 12),
     "gpt2-medium": lambda: gpt2(1024, 24, 16),
     "gpt2-large": lambda: gpt2(1280, 36, 20),
     "gpt2-xl": lambda: gpt2(1600, 48, 25),
+    # Table 2.1, but for two misprints: XL has 1.32 billion parameters with 16 heads, not 24, and 13B 12.85 billion with
+    # a width of 5120, not 5140
+    "gpt3-small": lambda: gpt3(768, 12, 12, 64),
+    "gpt3-medium": lambda: gpt3(1024, 24, 16, 64),
+    "gpt3-large": lambda: gpt3(1536, 24, 16, 96),
+    "gpt3-xl": lambda: gpt3(2048, 24, 16, 128),
+    "gpt3-2.7b": lambda: gpt3(2560, 32, 32, 80),
+    "gpt3-6.7b": lambda: gpt3(4096, 32, 32, 128),
+    "gpt3-13b": lambda: gpt3(5120, 40, 40, 128),
+    "gpt3-175b": lambda: gpt3(12_288, 96, 96, 128),
+    "openelm-270m": lambda: openelm(1280, 16, 64),
+    "openelm-450m": lambda: openelm(1536, 20, 64),
+    "openelm-1.1b": lambda: openelm(2048, 28, 64),
+    "openelm-3b": lambda: openelm(3072, 36, 128),
     "llama-7b": lambda: llama(4096, 32, 32, 11_008),
     "llama-13b": lambda: llama(5120, 40, 40, 13_824),
     "llama-33b": lambda: llama(6656, 60, 52, 17_920),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder, DecoderModel
+from paperworks.models.rebuilding import rebuilt, require_plain
 from paperworks.nn import Experts, NoisyTopKRouter, Router, TopKRouter
 
 
@@ -43,7 +44,7 @@ def upcycle(
     router = TopKRouter() if router is None else router
     _require_weights_that_sum_to_one(router)
     chosen = _chosen(model.spec, layers)
-    _require_plain(model)
+    require_plain(model)
     blocks = list(model.spec.blocks)
     for layer in chosen:
         dense = blocks[layer].feedforward
@@ -51,8 +52,6 @@ def upcycle(
         blocks[layer] = replace(blocks[layer], feedforward=Experts(expert=dense, count=count, top=top, router=router))
     uniform = not isinstance(model.spec.block, tuple) and len(chosen) == model.spec.depth
     spec = replace(model.spec, block=blocks[0] if uniform else tuple(blocks))
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        mixture = spec.build()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for layer in chosen:
@@ -65,12 +64,7 @@ def upcycle(
                 trainable[place] = trainable.get(name, True)
         for name, tensor in _fresh_router(model, router, count, top).items():
             state[f"{prefix}router.{name}"] = tensor
-    mixture.load_state_dict(state, assign=True)
-    mixture.tie()
-    for name, parameter in mixture.named_parameters():
-        parameter.requires_grad_(trainable.get(name, True))
-    mixture.tokenizer = model.tokenizer
-    return mixture.train(model.training)
+    return rebuilt(model, spec, state, trainable)
 
 
 def _require_weights_that_sum_to_one(router: Router) -> None:
@@ -104,19 +98,6 @@ def _chosen(spec: Decoder, layers: Iterable[int] | None) -> list[int]:
         if isinstance(block.feedforward, Experts):
             raise ValueError(f"block {layer} is a mixture of experts already; name the dense layers")
     return chosen
-
-
-def _require_plain(model: DecoderModel) -> None:
-    """Compare what the model holds with what its spec builds."""
-    with torch.device("meta"):
-        wanted = {name: each.shape for name, each in model.spec.build().state_dict().items()}
-    held = {name: each.shape for name, each in model.state_dict().items()}
-    if held != wanted:
-        first = min(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
-        raise TypeError(
-            f"the model's weights are not those its spec builds, {first} for one: merge adapters first (adapt.merge), "
-            "and load the weights uncompressed"
-        )
 
 
 def _fresh_router(model: DecoderModel, router: Router, count: int, top: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from paperworks.errors import unknown
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder, DecoderModel
+from paperworks.models.rebuilding import rebuilt
 from paperworks.nn import Attention
 
 Pooling = Literal["mean", "first", "random"]
@@ -48,7 +49,7 @@ def pool_key_value_heads(model: DecoderModel, kv_heads: int, method: Pooling = "
                 if f"{path}.{kind}" in state:
                     rows = state[f"{path}.{kind}"]
                     state[f"{path}.{kind}"] = _pooled(rows, heads, kv_heads, method, model.spec.init_std)
-    return _rebuilt(model, spec, state)
+    return rebuilt(model, spec, state)
 
 
 def _with_kv_heads(spec: Decoder, kv_heads: int) -> Decoder:
@@ -90,16 +91,3 @@ def _pooled(
     if method == "first":
         return first
     return first.zero_() if rows.dim() == 1 else first.normal_(0.0, std)
-
-
-def _rebuilt(model: DecoderModel, spec: Decoder, state: dict[str, Tensor]) -> DecoderModel:
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        converted = spec.build()
-    converted.load_state_dict(state, assign=True)
-    if spec.tied:
-        converted.unembedding.weight = converted.embedding.weight
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in converted.named_parameters():
-        parameter.requires_grad_(trainable[name])
-    converted.tokenizer = model.tokenizer
-    return converted.train(model.training)
