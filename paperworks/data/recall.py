@@ -113,3 +113,39 @@ class AssociativeRecall:
         tokens = torch.cat((shown, keys.gather(1, order)), 1)
         targets = torch.cat((torch.full_like(shown, IGNORED), values.gather(1, order)), 1)
         return {"tokens": tokens, "targets": targets}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatedPairs:
+    """Documents that show a map from keys to values by repeated pairs; each value is asked for at its key.
+
+    Attributes:
+        keys, values: how many of each there are (ids 0 .. keys - 1, then values).
+        pairs: pairs a row, drawn with replacement.
+        one_map: a seed whose map all rows share, or None: each row has a map of its own.
+    """
+
+    keys: int = 16
+    values: int = 16
+    pairs: int = 40
+    one_map: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.keys, self.values, self.pairs) < 1:
+            raise ValueError(f"keys, values and pairs must be at least 1, got {self.keys}, {self.values}, {self.pairs}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids there are."""
+        return self.keys + self.values
+
+    def draw(self, rows: int, draws: torch.Generator) -> Batch:
+        """Return (rows, 2 pairs) tokens; targets are asked at every key, seen before or not."""
+        own = draws if self.one_map is None else torch.Generator().manual_seed(self.one_map)
+        maps = torch.randint(self.values, (rows if self.one_map is None else 1, self.keys), generator=own)
+        keys = torch.randint(self.keys, (rows, self.pairs), generator=draws)
+        values = self.keys + maps.expand(rows, -1).gather(1, keys)
+        tokens = torch.stack((keys, values), 2).flatten(1)
+        targets = torch.full_like(tokens, IGNORED)
+        targets[:, ::2] = values
+        return {"tokens": tokens, "targets": targets}
