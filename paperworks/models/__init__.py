@@ -4,11 +4,17 @@ from paperworks.models.block import Block
 from paperworks.models.counting import count_parameters
 from paperworks.models.decoder import Decoder, DecoderModel
 from paperworks.models.encoder import Encoder, EncoderModel
+from paperworks.models.handwriting import Handwriting
 from paperworks.models.hme import HME, HMEModel, fit_hme
+from paperworks.models.interpolation import interpolated, mixture_weights
+from paperworks.models.kneser_ney import KneserNey
 from paperworks.models.presets import preset, presets
 from paperworks.models.seq2seq import Seq2Seq, Seq2SeqModel
 from paperworks.models.stack import Stack, StackModel
+from paperworks.models.task import TaskModel
 from paperworks.models.upcycling import upcycle
+from paperworks.models.vocabulary import with_more_tokens
+from paperworks.models.word_vectors import WordVectors
 
 __all__ = [
     "HME",
@@ -18,13 +24,20 @@ __all__ = [
     "Encoder",
     "EncoderModel",
     "HMEModel",
+    "Handwriting",
+    "KneserNey",
     "Seq2Seq",
     "Seq2SeqModel",
     "Stack",
     "StackModel",
+    "TaskModel",
+    "WordVectors",
     "count_parameters",
     "fit_hme",
+    "interpolated",
+    "mixture_weights",
     "preset",
     "presets",
     "upcycle",
+    "with_more_tokens",
 ]

@@ -32,7 +32,9 @@ class Seq2Seq(Spec):
         """Check that the decoder reads the encoder, and that a shared table fits both."""
         crosses = [block.cross for block in dict.fromkeys(self.decoder.blocks) if block.cross is not None]
         if not crosses:
-            raise ValueError("Seq2Seq.decoder reads nothing: give its Block a cross=CrossAttention(heads=...)")
+            raise ValueError(
+                "Seq2Seq.decoder reads nothing: give its Block a cross=CrossAttention(heads=...) or FixedContext()"
+            )
         for cross in crosses:
             width = getattr(cross, "context_dim", None) or self.decoder.dim
             if width != self.encoder.dim:

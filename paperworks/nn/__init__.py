@@ -5,10 +5,15 @@ from paperworks.nn.attention import Attention
 from paperworks.nn.cross_attention import CrossAttention
 from paperworks.nn.experts import Experts
 from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
+from paperworks.nn.fixed_context import FixedContext
+from paperworks.nn.grconv import GRConv
 from paperworks.nn.identity_norm import NoNorm
 from paperworks.nn.local_experts import LocalExperts
 from paperworks.nn.mamba import Mamba
+from paperworks.nn.maxout import Maxout
+from paperworks.nn.memory_efficient import memory_efficient_attention
 from paperworks.nn.mixer import Mixer
+from paperworks.nn.mixture_density import StrokeDensity, StrokeMixture
 from paperworks.nn.mlgru import MLGRU
 from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
 from paperworks.nn.position import (
@@ -26,6 +31,7 @@ from paperworks.nn.relative import ALiBi, RelativeBuckets, RelativePosition, Rel
 from paperworks.nn.routers import NoisyTopKRouter, Router, TopKRouter
 from paperworks.nn.rwkv import RWKV, RWKVChannelMix
 from paperworks.nn.selection import select, select_linears
+from paperworks.nn.short_convolution import ShortConvolution
 from paperworks.nn.spec import Spec
 from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
 from paperworks.nn.tap import Tap
@@ -51,6 +57,8 @@ __all__ = [
     "Elman",
     "Experts",
     "Feedforward",
+    "FixedContext",
+    "GRConv",
     "GatedMLP",
     "LayerNorm",
     "LearnedPositions",
@@ -60,6 +68,7 @@ __all__ = [
     "LocalExperts",
     "LongRoPEScaling",
     "Mamba",
+    "Maxout",
     "Mixer",
     "MixerCache",
     "NTKScaling",
@@ -75,13 +84,17 @@ __all__ = [
     "RoPE",
     "RoPEScaling",
     "Router",
+    "ShortConvolution",
     "SinusoidalPositions",
     "Spec",
     "Stream",
+    "StrokeDensity",
+    "StrokeMixture",
     "Tap",
     "TopKRouter",
     "TreeAttention",
     "YaRNScaling",
+    "memory_efficient_attention",
     "open_stream",
     "select",
     "select_linears",

@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paperworks.train.clipping import clipped_by_value as clipped_by_value
+    from paperworks.train.dynamic_evaluation import dynamic_log_probabilities as dynamic_log_probabilities
+    from paperworks.train.dynamic_evaluation import stream_log_probabilities as stream_log_probabilities
     from paperworks.train.evaluation import evaluate as evaluate
     from paperworks.train.evaluation import perplexity as perplexity
     from paperworks.train.folder import latest as latest
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from paperworks.train.paging import paged_adamw as paged_adamw
     from paperworks.train.recomputation import recompute as recompute
     from paperworks.train.report import Report as Report
+    from paperworks.train.rmsprop_graves import RMSPropGraves as RMSPropGraves
     from paperworks.train.schedules import Constant as Constant
     from paperworks.train.schedules import Cosine as Cosine
     from paperworks.train.schedules import InverseSqrt as InverseSqrt
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from paperworks.train.settings import Settings as Settings
     from paperworks.train.sharding import full_state as full_state
     from paperworks.train.step import Diverged as Diverged
+    from paperworks.train.streams import Streams as Streams
+    from paperworks.train.tasks import task_loss as task_loss
 
 # Where each name lives. They are imported when asked for: the command line reads the settings without torch.
 _OFFERED = {
@@ -36,11 +42,15 @@ _OFFERED = {
     "InverseSqrt": "schedules",
     "Linear": "schedules",
     "PagedAdamW": "paging",
+    "RMSPropGraves": "rmsprop_graves",
     "Report": "report",
     "Schedule": "schedules",
     "Settings": "settings",
+    "Streams": "streams",
     "WarmupStableDecay": "schedules",
+    "clipped_by_value": "clipping",
     "cross_entropy_sum": "losses",
+    "dynamic_log_probabilities": "dynamic_evaluation",
     "evaluate": "evaluation",
     "fit": "loop",
     "full_state": "sharding",
@@ -51,6 +61,8 @@ _OFFERED = {
     "perplexity": "evaluation",
     "recompute": "recomputation",
     "smoothed_cross_entropy_sum": "losses",
+    "stream_log_probabilities": "dynamic_evaluation",
+    "task_loss": "tasks",
 }
 
 __all__ = list(_OFFERED)

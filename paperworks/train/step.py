@@ -172,7 +172,10 @@ class Stepper:
             distribution.add_gradients(self.parameters)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        for parameter in self.parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()  # a row that several elements touched is one row
+        gradients = [_numbers(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         if not gradients:
             raise ValueError(
                 f"no parameter that is optimized got a gradient at {place}: the loss depends on other parameters only"
@@ -197,7 +200,7 @@ class Stepper:
     def _clip(self, norm: Tensor) -> None:
         """Scale all gradients by min(1, clip / (norm + 1e-6)), as torch does; here also shares of them."""
         assert self.settings.clip is not None
-        gradients = [sharding.local(p.grad) for p in self.parameters if p.grad is not None]
+        gradients = [sharding.local(_numbers(p.grad)) for p in self.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, torch.clamp(self.settings.clip / (norm + 1e-6), max=1.0))
 
     def _update_openly(self, loss: float, count: float, norm: Tensor, place: Place) -> None:
@@ -256,6 +259,11 @@ class Stepper:
     def _forget(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """Return the numbers of a gradient as a dense tensor that shares its memory: of a sparse one, the rows it has."""
+    return gradient.values() if gradient.is_sparse else gradient
 
 
 _ADVICE = (

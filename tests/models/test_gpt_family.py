@@ -13,7 +13,7 @@ from paperworks.models.gpt import gpt1, gpt3
 from paperworks.models.openelm import openelm
 from paperworks.models.task import TaskModel
 from paperworks.models.vocabulary import with_more_tokens
-from paperworks.train.task_loss import task_accuracy, task_loss
+from paperworks.train.tasks import task_accuracy, task_loss
 
 SIZES = {
     "gpt1": 116_534_784,
