@@ -123,14 +123,19 @@ class RepeatedPairs:
         keys, values: how many of each there are (ids 0 .. keys - 1, then values).
         pairs: pairs a row, drawn with replacement.
         one_map: a seed whose map all rows share, or None: each row has a map of its own.
+        fewest: each row uses from so many to all of the keys, drawn by row; None: all of them. Rows of few keys repeat
+            soon, and are what a model learns from first.
     """
 
     keys: int = 16
     values: int = 16
     pairs: int = 40
     one_map: int | None = None
+    fewest: int | None = None
 
     def __post_init__(self) -> None:
+        if self.fewest is not None and not 1 <= self.fewest <= self.keys:
+            raise ValueError(f"fewest must be between 1 and the {self.keys} keys, got {self.fewest}")
         if min(self.keys, self.values, self.pairs) < 1:
             raise ValueError(f"keys, values and pairs must be at least 1, got {self.keys}, {self.values}, {self.pairs}")
 
@@ -144,6 +149,9 @@ class RepeatedPairs:
         own = draws if self.one_map is None else torch.Generator().manual_seed(self.one_map)
         maps = torch.randint(self.values, (rows if self.one_map is None else 1, self.keys), generator=own)
         keys = torch.randint(self.keys, (rows, self.pairs), generator=draws)
+        if self.fewest is not None:
+            used = torch.randint(self.fewest, self.keys + 1, (rows, 1), generator=draws)
+            keys = torch.rand(rows, self.keys, generator=draws).argsort(1).gather(1, keys % used)
         values = self.keys + maps.expand(rows, -1).gather(1, keys)
         tokens = torch.stack((keys, values), 2).flatten(1)
         targets = torch.full_like(tokens, IGNORED)

@@ -30,6 +30,7 @@ from paperworks.nn.recurrent import GRU, LSTM, Elman
 from paperworks.nn.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
 from paperworks.nn.routers import NoisyTopKRouter, Router, TopKRouter
 from paperworks.nn.rwkv import RWKV, RWKVChannelMix
+from paperworks.nn.s4 import S4
 from paperworks.nn.selection import select, select_linears
 from paperworks.nn.short_convolution import ShortConvolution
 from paperworks.nn.spec import Spec
@@ -37,6 +38,7 @@ from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
 from paperworks.nn.tap import Tap
 from paperworks.nn.ternary import BitLinear, LinearKind
 from paperworks.nn.tree_attention import TreeAttention
+from paperworks.nn.ttt import TTT
 from paperworks.nn.xlstm import MLSTM, SLSTM
 
 __all__ = [
@@ -46,7 +48,9 @@ __all__ = [
     "MLP",
     "MLSTM",
     "RWKV",
+    "S4",
     "SLSTM",
+    "TTT",
     "ALiBi",
     "AbsolutePositions",
     "Attention",

@@ -23,6 +23,10 @@ from paperworks.nn import (
     TreeAttention,
     YaRNScaling,
 )
+from paperworks.nn.grconv import GRConv
+from paperworks.nn.s4 import S4
+from paperworks.nn.short_convolution import ShortConvolution
+from paperworks.nn.ttt import TTT
 
 MIXERS = {
     "plain": Attention(heads=4),
@@ -57,11 +61,19 @@ MIXERS = {
     "normed lstm": LSTM(layer_norm=True),
     "gru": GRU(),
     "gru after": GRU(hidden=20, reset="after"),
+    "grconv": GRConv(),
+    "grconv narrow": GRConv(hidden=10),
     "mlstm": MLSTM(heads=2),
     "slstm": SLSTM(heads=2),
     "slstm exponential": SLSTM(heads=4, width=2, forget="exponential"),
     "mlgru": MLGRU(),
     "mlgru reference": MLGRU(gate="reference", lower_bound=0.3),
+    "s4": S4(state=6, length=32),
+    "s4 longer": S4(state=4, length=6, initial="random"),
+    "s4d": S4(state=4, kernel="diagonal"),
+    "ttt linear": TTT(heads=2, mini_batch=4),
+    "ttt mlp": TTT(heads=2, inner="mlp", mini_batch=4, backbone="transformer"),
+    "short convolution": ShortConvolution(kernel=4),
     "relative window": Attention(heads=4, window=4, position=RelativeVectors(reach=2, values=False)),
 }
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from paperworks import train
 from paperworks.lab import Lab
+from paperworks.train.optimizers import MakeOptimizer
 
 
 def _arc(
@@ -115,6 +116,7 @@ def taught(
     *,
     rows: int,
     on_step: Callable[[int], bool | None] | None = None,
+    optimizer: MakeOptimizer | None = None,
 ) -> nn.Module:
     """Train a classifier on shuffled batches of the digits; the order is that of `settings.seed`."""
     count = len(digits.labels)
@@ -130,7 +132,7 @@ def taught(
         return None if on_step is None else on_step(number)
 
     with lab.threads(1), lab.progress(description, settings.steps) as advance:
-        train.fit(model, digit_loss, epoch, settings, on_step=step)
+        train.fit(model, digit_loss, epoch, settings, on_step=step, optimizer=optimizer)
     return model.eval()
 
 
