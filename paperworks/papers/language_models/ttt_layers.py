@@ -262,10 +262,10 @@ def fits_fresh_maps(lab: Lab) -> Verdict:
 )
 def learns_text(lab: Lab) -> Verdict:
     """Four layers of width 64 on characters of Shakespeare, windows of 64, equal steps."""
-    steps = lab.pick(smoke=2, small=400)
+    steps = lab.pick(smoke=2, small=600)
     base = character_llama()
     assert isinstance(base.block, Block)
-    learning = TTT(heads=4, backbone="transformer")  # without convolutions, all memory is what the layer learns
+    learning = TTT(heads=4)
     specs = {
         "TTT-Linear": replace(base, block=replace(base.block, mixer=learning)),
         "transformer": base,
@@ -299,7 +299,9 @@ def learns_text(lab: Lab) -> Verdict:
             "parameters, transformer": sizes["transformer"],
         },
         note=(
-            "All have LLaMA's feed-forward and norms. Without learning each character is seen by itself. Inner rates "
-            "begin small (1/32 of a gradient) and 400 steps are few; longer training was not tried here."
+            "All have LLaMA's feed-forward and norms. The layers have the paper's own backbone, with convolutions over "
+            "4 characters; without learning these are all that is seen. A first run had the transformer's backbone, "
+            "where all memory is what the layer learns: 0.144 from the transformer after 400 steps, 2.498 without "
+            "learning."
         ),
     )
