@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paperworks.checkpoints import hf_bert, hf_gpt, hf_recurrent, hf_t5
+from paperworks.checkpoints import hf_bert, hf_bloom, hf_gpt, hf_recurrent, hf_t5
 from paperworks.checkpoints.hf_activations import read_activation
 from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
 from paperworks.errors import CorruptFile, unknown
@@ -283,8 +283,10 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family("GPT2LMHeadModel", hf_gpt.read_gpt2, hf_gpt.write_gpt2),
     "gpt_neox": Family("GPTNeoXForCausalLM", hf_gpt.read_neox, hf_gpt.write_neox),
     "phi3": Family("Phi3ForCausalLM", _read_phi3, _write_phi3),
+    "bloom": Family("BloomForCausalLM", hf_bloom.read_bloom, hf_bloom.write_bloom),
     "bert": Family("BertModel", hf_bert.read_bert, hf_bert.write_bert),
     "t5": Family("T5ForConditionalGeneration", hf_t5.read_t5, hf_t5.write_t5),
+    "switch_transformers": Family("SwitchTransformersForConditionalGeneration", hf_t5.read_switch, hf_t5.write_switch),
     "mamba": Family("MambaForCausalLM", hf_recurrent.read_mamba, hf_recurrent.write_mamba),
     "rwkv": Family("RwkvForCausalLM", hf_recurrent.read_rwkv, hf_recurrent.write_rwkv),
 }

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from paperworks.checkpoints import hf_bert, hf_recurrent, hf_t5
+from paperworks.checkpoints import hf_bert, hf_bloom, hf_recurrent, hf_t5
 from paperworks.checkpoints.layout import Codec, HeadInterleaved, Rule, Stacked
 from paperworks.models import Decoder, Encoder, Seq2Seq
 from paperworks.nn import Attention, Experts
@@ -24,6 +24,8 @@ def rules(kind: str, spec: Decoder | Encoder | Seq2Seq) -> list[Rule]:
         return list(hf_bert.bert_rules(spec))
     if kind in ("mamba", "rwkv"):
         return list(hf_recurrent.mamba_rules(spec) if kind == "mamba" else hf_recurrent.rwkv_rules(spec))
+    if kind == "bloom":
+        return list(hf_bloom.bloom_rules(spec))
     return list({"openai-gpt": _gpt1, "gpt2": _gpt2, "gpt_neox": _neox}.get(kind, _llama_line)(kind, spec))
 
 

@@ -1,8 +1,8 @@
-"""GPT, GPT-2 and GPT-3."""
+"""GPT, GPT-2 and GPT-3, and BLOOM, which is GPT with ALiBi."""
 
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
-from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions
+from paperworks.nn import MLP, ALiBi, Attention, LayerNorm, LearnedPositions
 
 
 def gpt1(dim: int = 768, depth: int = 12, heads: int = 12, *, vocab_size: int = 40_478, context: int = 512) -> Decoder:
@@ -78,4 +78,21 @@ def gpt3(
         tied=True,
         norm=LayerNorm(),
         block=tuple(banded if layer % 2 else full for layer in range(depth)),
+    )
+
+
+def bloom(dim: int, depth: int, heads: int, *, vocab_size: int = 250_880) -> Decoder:
+    """BLOOM (Le Scao et al. 2022, arXiv:2211.05100): GPT-2's parts with ALiBi and a norm on the embeddings, tied."""
+    return Decoder(
+        vocab_size=vocab_size,
+        dim=dim,
+        depth=depth,
+        tied=True,
+        norm=LayerNorm(),
+        embedding_norm=LayerNorm(),
+        block=Block(
+            norm=LayerNorm(),
+            mixer=Attention(heads=heads, bias=True, position=ALiBi()),
+            feedforward=MLP(hidden=4 * dim, activation="gelu_tanh"),
+        ),
     )

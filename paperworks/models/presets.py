@@ -8,21 +8,18 @@ from typing import Literal, overload
 from paperworks.errors import unknown
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
-from paperworks.models.encoder import Encoder
-from paperworks.models.gpt import gpt1, gpt2, gpt3
+from paperworks.models.gpt import bloom, gpt1, gpt2, gpt3
 from paperworks.models.openelm import openelm
 from paperworks.models.seq2seq import Seq2Seq
+from paperworks.models.t5 import switch, t5
 from paperworks.nn import (
     MLP,
     RWKV,
     Attention,
-    CrossAttention,
-    Feedforward,
     GatedMLP,
     LayerNorm,
     Llama3Scaling,
     Mamba,
-    RelativeBuckets,
     RMSNorm,
     RoPE,
     RWKVChannelMix,
@@ -150,65 +147,6 @@ def rwkv4(dim: int, layers: int, vocab_size: int = 50_277) -> Decoder:
     )
 
 
-def t5(
-    dim: int,
-    hidden: int,
-    depth: int,
-    heads: int,
-    head_dim: int = 64,
-    *,
-    vocab_size: int = 32_128,
-    gated: bool = False,
-    tied: bool = True,
-    buckets: int = 32,
-    max_distance: int = 128,
-    dropout: float = 0.1,
-    eps: float = 1e-6,
-) -> Seq2Seq:
-    """T5 (Raffel et al. 2019, arXiv:1910.10683): pre-norm, no biases, relative buckets, scores without a scale.
-
-    `gated` and not `tied` is version 1.1.
-    """
-    norm = RMSNorm(eps=eps)
-    feedforward: Feedforward = MLP(hidden=hidden, activation="relu", bias=False)
-    if gated:
-        feedforward = GatedMLP(hidden=hidden, activation="gelu_tanh")
-    looking = Attention(
-        heads=heads,
-        head_dim=head_dim,
-        scale=1.0,
-        causal=False,
-        position=RelativeBuckets(buckets=buckets, max_distance=max_distance, bidirectional=True),
-        dropout=dropout,
-    )
-    writing = replace(looking, causal=True, position=RelativeBuckets(buckets=buckets, max_distance=max_distance))
-    cross = CrossAttention(heads=heads, head_dim=head_dim, scale=1.0, dropout=dropout)
-    block = Block(norm=norm, mixer=looking, feedforward=feedforward, dropout=dropout)
-    encoder = Encoder(
-        vocab_size=vocab_size,
-        dim=dim,
-        depth=depth,
-        norm=norm,
-        dropout=dropout,
-        init="fan_in",
-        embedding_std=1.0,
-        block=block,
-    )
-    decoder = Decoder(
-        vocab_size=vocab_size,
-        dim=dim,
-        depth=depth,
-        norm=norm,
-        dropout=dropout,
-        init="fan_in",
-        embedding_std=1.0,
-        block=replace(block, mixer=writing, cross=cross),
-        tied=tied,
-        logit_scale=dim**-0.5 if tied else None,
-    )
-    return Seq2Seq(encoder=encoder, decoder=decoder)
-
-
 def _qwen2(dim: int, depth: int, heads: int, kv_heads: int, hidden: int, vocab_size: int, tied: bool) -> Decoder:
     rope = RoPE(base=1_000_000.0)
     return llama(
@@ -300,8 +238,16 @@ _PRESETS: dict[str, Callable[[], Decoder | Seq2Seq]] = {
     "t5-large": lambda: t5(1024, 4096, 24, 16),
     "t5-3b": lambda: t5(1024, 16_384, 24, 32, 128),
     "t5-11b": lambda: t5(1024, 65_536, 24, 128, 128),
+    "switch-base-8": lambda: switch(768, 3072, 12, 12, experts=8),
+    "switch-base-128": lambda: switch(768, 3072, 12, 12, experts=128),
+    "bloom-560m": lambda: bloom(1024, 24, 16),
+    "bloom-7b1": lambda: bloom(4096, 30, 32),
+    "bloom-176b": lambda: bloom(14_336, 70, 112),
     "pythia-12b": lambda: pythia(5120, 36, 40, vocab_size=50_688),
 }
+
+
+_Seq2SeqName = Literal["t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b", "switch-base-8", "switch-base-128"]
 
 
 def presets(pattern: str = "*") -> list[str]:
@@ -310,7 +256,7 @@ def presets(pattern: str = "*") -> list[str]:
 
 
 @overload
-def preset(name: Literal["t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b"]) -> Seq2Seq: ...  # type: ignore[overload-overlap]
+def preset(name: _Seq2SeqName) -> Seq2Seq: ...  # type: ignore[overload-overlap]
 @overload
 def preset(name: str) -> Decoder: ...
 def preset(name: str) -> Decoder | Seq2Seq:

@@ -49,6 +49,9 @@ FAMILIES = {
     "mixtral": lambda: transformers.MixtralConfig(
         **_LLAMA, head_dim=8, num_local_experts=4, sliding_window=None, router_aux_loss_coef=0.02
     ),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=97, hidden_size=48, n_layer=3, n_head=6, attn_implementation="eager"
+    ),
     "pythia": lambda: transformers.GPTNeoXConfig(
         vocab_size=97,
         hidden_size=64,
