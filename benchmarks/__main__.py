@@ -9,7 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("train", "decode", "adapters", "loading", "memory", "compression", "autoencoders", "architectures")
+NAMES = (
+    "train",
+    "decode",
+    "adapters",
+    "loading",
+    "memory",
+    "compression",
+    "autoencoders",
+    "architectures",
+    "length",
+    "word_vectors",
+)
 
 
 def main() -> None:
