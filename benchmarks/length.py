@@ -70,6 +70,7 @@ def run() -> Iterator[Row]:
         crossed = crossing(times, attention)
         row.note = f"less time than attention from {crossed} tokens on" if crossed else "attention takes less time"
         row.details = {f"ms_{length}": 1000 * value for length, value in times.items()}
+        row.details |= {f"attention_ms_{length}": 1000 * value for length, value in attention.items()}
         yield row
 
 
@@ -83,9 +84,10 @@ def _draw(found: dict[str, dict[int, float]]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+        axes.set_ylim(top=6 * axes.get_ylim()[1])  # room for the legend
         axes.set_xlabel("tokens")
         axes.set_ylabel("microseconds a token, forward and backward")
         axes.set_title(f"Cost against length: one mixer of width {DIM}, one thread")
-        axes.legend(ncols=2)
+        axes.legend(ncols=4, loc="upper center")
         kind, data = encode(figure, "cost-against-length")
         (Path(__file__).parent.parent / "results" / f"cost-against-length.{kind}").write_bytes(data)

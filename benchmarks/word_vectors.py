@@ -30,10 +30,8 @@ def run() -> Iterator[Row]:
     )  # fmt: skip
     spec = WordVectors(vocab_size=len(vocabulary), dim=DIM, negatives=NEGATIVES, sparse=True)
     trained: dict[str, torch.Tensor] = {}
-    busy: dict[str, list[float]] = {
-        "ours": [],
-        "peer": [],
-    }  # a shared machine's processor time says more than its clock
+    # on a shared machine the processor's time says more than the clock
+    busy: dict[str, list[float]] = {"ours": [], "peer": []}
 
     def ours() -> None:
         began = time.process_time()

@@ -160,6 +160,14 @@ def test_a_block_is_the_sum_of_its_pairs_with_the_same_gradients(fields, sparse)
     torch.testing.assert_close(found, list(torch.autograd.grad(expected, list(model.parameters()))))
 
 
+def test_a_sparse_gradient_has_each_row_once_and_in_order():
+    model, batch = model_of(sparse=True), batch_of()
+    word_vector_loss(model, batch).backward()
+    for parameter in model.parameters():
+        rows = parameter.grad._indices()[0]
+        assert (rows.diff() > 0).all()
+
+
 def test_the_programs_cbow_goes_forward_as_the_mean_and_backward_as_the_sum():
     torch.manual_seed(1)
     ours = model_of(architecture="cbow", output="softmax-tree", combine="program")

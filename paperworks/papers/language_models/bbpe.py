@@ -227,28 +227,35 @@ def _logits(model: nn.Module, source: Tensor, target: Tensor) -> Tensor:
     return logits
 
 
-def translator(rows: int, kernel: int | None) -> Seq2Seq:
-    """Return one layer of attention on either side, behind a convolution over the embeddings or without."""
+def translator(rows: int, kernel: int | None, *, both: bool = False) -> Seq2Seq:
+    """Return one layer of attention on either side; a convolution over what is read first, over both, or none."""
     norm, feedforward = RMSNorm(), GatedMLP(hidden=2 * DIM)
-    read = Block(norm=norm, mixer=Attention(heads=4, causal=False, position=RoPE()), feedforward=feedforward)
-    write = Block(
-        norm=norm, mixer=Attention(heads=4, position=RoPE()), cross=CrossAttention(heads=4), feedforward=feedforward
+    reading: tuple[Block, ...] = (
+        Block(norm=norm, mixer=Attention(heads=4, causal=False, position=RoPE()), feedforward=feedforward),
     )
-    if kernel is None:
-        reading, writing = (read,), (write,)
-    else:
-        reading = (Block(norm=norm, mixer=ShortConvolution(kernel=kernel, causal=False)), read)  # type: ignore[assignment]
-        writing = (Block(norm=norm, mixer=ShortConvolution(kernel=kernel)), write)  # type: ignore[assignment]
+    writing: tuple[Block, ...] = (
+        Block(
+            norm=norm, mixer=Attention(heads=4, position=RoPE()), cross=CrossAttention(heads=4), feedforward=feedforward
+        ),
+    )
+    if kernel is not None:
+        reading = (Block(norm=norm, mixer=ShortConvolution(kernel=kernel, causal=False)), *reading)
+        if both:
+            writing = (Block(norm=norm, mixer=ShortConvolution(kernel=kernel)), *writing)
     return Seq2Seq(
         encoder=Encoder(vocab_size=rows, dim=DIM, depth=len(reading), block=reading, norm=norm),
         decoder=Decoder(vocab_size=rows, dim=DIM, depth=len(writing), block=writing, norm=norm),
     )
 
 
-def _taught(lab: Lab, kernel: int | None, tokenizer: RankTokenizer, steps: int) -> tuple[Seq2SeqModel, list[float]]:
+ARMS = {"convolution first": (5, False), "embeddings alone": (None, False), "convolution on both sides": (5, True)}
+
+
+def _taught(lab: Lab, arm: str, tokenizer: RankTokenizer, steps: int) -> tuple[Seq2SeqModel, list[float]]:
     source, target = _signs(lab)
     torch.manual_seed(lab.seed)
-    model = translator(tokenizer.vocab_size + 2, kernel).build()
+    kernel, both = ARMS[arm]
+    model = translator(tokenizer.vocab_size + 2, kernel, both=both).build()
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = random.Random(lab.seed + 1)
@@ -259,8 +266,7 @@ def _taught(lab: Lab, kernel: int | None, tokenizer: RankTokenizer, steps: int) 
     settings = train.Settings(
         steps=steps, lr=3e-3, weight_decay=0.0, seed=lab.seed, save_every=None, log_every=steps, progress=False
     )
-    name = "embeddings alone" if kernel is None else f"a convolution of {kernel} first"
-    with lab.threads(1), lab.progress(name, steps) as advance:
+    with lab.threads(1), lab.progress(arm, steps) as advance:
         report = train.fit(model, _loss, batches, settings, on_step=lambda _: advance(1))
     return model.eval(), report.losses
 
@@ -290,20 +296,33 @@ def context_helps_parts(lab: Lab) -> Verdict:
     ]
     tokenizer = RankTokenizer(train_ranks(pieces, 288))
     steps = lab.pick(smoke=2, small=700)
-    found = {kernel: _taught(lab, kernel, tokenizer, steps) for kernel in (5, None)}
-    right = {kernel: _right(lab, model, tokenizer) for kernel, (model, _) in found.items()}
+    found = {arm: _taught(lab, arm, tokenizer, steps) for arm in ARMS}
+    right = {arm: _right(lab, model, tokenizer) for arm, (model, _) in found.items()}
     with lab.figure("loss") as figure:
         axes = figure.subplots()
-        for kernel, color, label in ((None, CONTROL, "embeddings alone"), (5, COLORS[0], "convolution first")):
-            axes.plot(torch.tensor(found[kernel][1]).unfold(0, min(20, steps), 1).mean(-1), color=color, label=label)
-        axes.set(title="Translating sign by sign", xlabel="steps", ylabel="loss, nats a token")
+        for (arm, (_, losses)), color in zip(found.items(), (COLORS[0], CONTROL, COLORS[1]), strict=True):
+            axes.plot(torch.tensor(losses).unfold(0, min(20, steps), 1).mean(-1), color=color, label=arm)
+        axes.set(title="Translating sign by sign", xlabel="steps", ylabel="loss, nats a token", ylim=(0, None))
         axes.legend()
     tokens = sum(len(tokenizer.encode_ordinary(piece.decode())) for piece in pieces) / len(pieces) / WORD
     return lab.judge(
         checks={
-            "with context at least as many tokens are right": right[5] >= right[None],
-            "by more than 0.02": right[5] > right[None] + 0.02,
+            "with context at least as many tokens are right": right["convolution first"] >= right["embeddings alone"],
+            "by more than 0.02": right["convolution first"] > right["embeddings alone"] + 0.02,
         },
-        measured={"right, convolution first": right[5], "tokens a sign": tokens, "rows": tokenizer.vocab_size},
-        control={"right, embeddings alone": right[None]},
+        measured={
+            "right, convolution first": right["convolution first"],
+            "right, convolution on both sides": right["convolution on both sides"],
+            "tokens a sign": tokens,
+            "rows": tokenizer.vocab_size,
+        },
+        control={"right, embeddings alone": right["embeddings alone"]},
+        note=(
+            "The convolution stands before the encoder only, as in the published program. A first design had one "
+            "before the decoder as well; that arm is kept, and stays behind. Short runs (300 to 400 steps) say that it "
+            "is no matter of what it sees alone: in the decoder a filter of width 1, which sees no neighbour, did the "
+            "same harm (0.38) when drawn as convolutions are, with outputs of 0.6 beside embeddings of 0.02, and none "
+            "drawn small (0.66, without it 0.70); but one of width 5 did in place of the embeddings too (0.34). With "
+            "the encoder's alone three seeds had 0.95, 0.95 and 0.85 after 400 steps, without 0.70, 0.70 and 0.50."
+        ),
     )

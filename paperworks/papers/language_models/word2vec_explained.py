@@ -140,7 +140,8 @@ def collapses_without_negatives(lab: Lab) -> Verdict:
     return lab.judge(
         checks={
             "without them the mean probability is above 0.999": alone["mean probability of an observed pair"] > 0.999,
-            "and every pair of words has a cosine above 0.95": alone["least cosine of two words"] > 0.95,
+            "and the mean cosine of two words is above 0.95": alone["mean cosine of two words"] > 0.95,
+            "as is that of every pair": alone["least cosine of two words"] > 0.95,
             "with them the mean cosine is below 0.3": kept["mean cosine of two words"] < 0.3,
             "and analogies are answered: at least 0.5": kept["analogies"] >= 0.5,
             "of equal vectors with v . v = 40 the loss is below 1e-17": at_forty < 1e-17,
@@ -148,8 +149,9 @@ def collapses_without_negatives(lab: Lab) -> Verdict:
         measured={**alone, "loss a pair at v . v = 40": at_forty},
         control=kept,
         note=(
-            "After 8 passages, a first try, the mean cosine was 0.97 and the least 0.78, between words that are rare: "
-            "the collapse reaches them last."
+            "A pairwise cosine of all words may mean their mean or every pair, so both are checked. After 8 passages, "
+            "a first try, the mean was 0.97 and the least 0.78; 16 change neither. Once every pair looks observed the "
+            "gradient is gone, and rare words, which it moved least, stay where they are."
         ),
     )
 
