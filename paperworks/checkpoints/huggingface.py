@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from paperworks import atomic
 from paperworks.checkpoints import hf_names
 from paperworks.checkpoints.hf_config import FAMILIES, config_from_spec, spec_from_config
-from paperworks.checkpoints.layout import Rule, Stacked, TensorSource, export_weights, import_weights, require_depth
+from paperworks.checkpoints.layout import (
+    Rule,
+    Stacked,
+    TensorSource,
+    export_weights,
+    import_weights,
+    require_depth,
+    require_whole,
+)
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.errors import CorruptFile, unknown
 from paperworks.models import DecoderModel, Encoder, Seq2Seq
@@ -133,6 +141,7 @@ def save_folder(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 
     Raises:
         ValueError: when no Hugging Face family expresses the spec.
     """
+    require_whole(model)
     config = config_from_spec(model.spec)
     state = model.state_dict()
     config["torch_dtype"] = config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")

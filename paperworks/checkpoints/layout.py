@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from paperworks.errors import CorruptFile
 from paperworks.models import Seq2Seq, Stack
+from paperworks.nn.expert_parallel import Elsewhere
+from paperworks.nn.processes import paths_kept_apart
 
 
 class TensorSource(Protocol):
@@ -153,8 +155,9 @@ def import_weights(
     Raises:
         CorruptFile: listing at once everything that is missing, unexpected or of another shape (both shapes given).
     """
-    names = set(source.keys())
     model = build_empty(spec)
+    elsewhere = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Elsewhere))
+    names = {name for name in source.keys() if not name.startswith(elsewhere)}  # noqa: SIM118 (not a mapping)
     wanted = model.state_dict()
     rules = [rule for rule in rules if all(name in wanted for name in rule.ours)]
     problems = _mismatches(rules, source, names, wanted, ignorable)
@@ -169,6 +172,15 @@ def import_weights(
             set_parameter(model, name, tensor.to(dtype or tensor.dtype).contiguous())
     model.tie()
     return model.eval()
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise `ValueError` where other processes keep some of the model's experts."""
+    if paths_kept_apart(model):
+        raise ValueError(
+            "this process keeps only its share of the experts (ParallelExperts): load train.full_state(model), which "
+            "all processes ask for together, into the model with Experts in their place, and save that in one of them"
+        )
 
 
 def set_parameter(model: nn.Module, path: str, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from paperworks import atomic
 from paperworks.checkpoints.huggingface import read_json
-from paperworks.checkpoints.layout import Rule, build_empty, import_weights, require_depth
+from paperworks.checkpoints.layout import Rule, build_empty, import_weights, require_depth, require_whole
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.compress.files import describe, revive
 from paperworks.errors import CorruptFile
@@ -34,6 +34,7 @@ def repeated_names(model: nn.Module) -> set[str]:
 
 def save_native(model: AnyModel, folder: str | Path, max_shard_bytes: int = 5 * 1024**3) -> None:
     """Write spec.json, weights and tokenizer; the folder appears whole or not at all."""
+    require_whole(model)
     state = model.state_dict()
     compressed = describe(model)
     expected = set(build_empty(model.spec).state_dict()) | _stored_names(compressed)

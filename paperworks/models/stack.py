@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from paperworks.models.block import Block
 from paperworks.nn import AbsolutePositions, Cache, LinearKind, Norm, Spec, Stream, auxiliary
 from paperworks.nn.absolute import PairedPositionTable
 from paperworks.nn.attention import AttentionModule
+from paperworks.nn.expert_parallel import Elsewhere
+from paperworks.nn.mlgru import share_forget_bounds
 from paperworks.nn.relative import RelativeBucketTable, share_relative_tables
 from paperworks.nn.ternary import TernaryLinear, convert_linears
 
@@ -107,6 +110,7 @@ class StackModel(nn.Module):
     def tie(self) -> None:
         """Let parameters that are one by the spec be one tensor: after building, and after loading weights."""
         share_relative_tables(self.blocks)
+        share_forget_bounds(self.blocks)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -115,7 +119,7 @@ class StackModel(nn.Module):
         Then every part that has a method `initialize(layer, depth)` draws what its paper prescribes.
         """
         std, depth = self.spec.init_std, self.spec.depth
-        for module in self.modules():
+        for module in self._drawn():
             if isinstance(module, nn.Linear | nn.Embedding | TernaryLinear):
                 scale = 1 / math.sqrt(2 * depth) if getattr(module, "writes_residual", False) else 1.0
                 module.weight.normal_(0.0, std * scale)
@@ -132,6 +136,11 @@ class StackModel(nn.Module):
                 own: Any = getattr(module, "initialize", None)
                 if callable(own):
                     own(layer, depth)
+
+    def _drawn(self) -> Iterator[nn.Module]:
+        """Yield all modules, for experts that other processes keep passing ones: the same is drawn in all processes."""
+        for module in self.modules():
+            yield from module.stand_in().modules() if isinstance(module, Elsewhere) else (module,)
 
     def _initialize_unscaled(self) -> None:
         """Draw what T5 draws otherwise: queries of attention without a scale, and the tables of positions."""

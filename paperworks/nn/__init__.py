@@ -3,6 +3,7 @@
 from paperworks.nn.absolute import AbsolutePositions, LearnedPositions, PairedPositions, SinusoidalPositions
 from paperworks.nn.attention import Attention
 from paperworks.nn.cross_attention import CrossAttention
+from paperworks.nn.expert_parallel import ParallelExperts
 from paperworks.nn.experts import Experts
 from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
 from paperworks.nn.fixed_context import FixedContext
@@ -80,6 +81,7 @@ __all__ = [
     "NoisyTopKRouter",
     "Norm",
     "PairedPositions",
+    "ParallelExperts",
     "RMSNorm",
     "RWKVChannelMix",
     "RelativeBuckets",

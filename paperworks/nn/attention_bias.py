@@ -25,7 +25,7 @@ class AttentionBias:
     """Which keys each query sees, as dense pieces."""
 
     def pieces(self, queries: int, keys: int, device: torch.device) -> tuple[Piece, ...]:
-        """Divide attention of so many queries to so many keys. Raises `ValueError` for sizes that are not the bias's."""
+        """Divide attention of so many queries to so many keys. Raises `ValueError` for sizes not the bias's."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it hides")
 
     def materialize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from paperworks.nn import auxiliary
+from paperworks.nn import auxiliary, processes
 from paperworks.nn.feedforward import Feedforward
 from paperworks.nn.routers import Router, Routing, TopKRouter
 from paperworks.nn.tap import Tap
@@ -26,7 +27,8 @@ class Experts(Feedforward):
         top: experts a token goes to.
         router: what chooses them.
         capacity: None loses no token. A factor c lets an expert take floor(c * tokens * top / count) tokens of a call,
-            first choices before second ones and then in order; for those beyond, that expert gives nothing.
+            first choices before second ones and then in order; for those beyond, that expert gives nothing. Inside
+            `processes.one_batch()` the tokens are those of all processes, in the order of the processes.
         capacity_evaluation: the factor outside training (Switch: 2.0); None means the same.
         shared: experts that all tokens go to, with weight 1.
     """
@@ -71,10 +73,13 @@ class ExpertsModule(nn.Module):
         super().__init__()
         self.spec = spec
         self.router = spec.router.build(dim, spec.count, spec.top)
-        self.experts = nn.ModuleList([spec.expert.build(dim) for _ in range(spec.count)])
+        self.experts = self._build_experts(dim)
         self.shared = nn.ModuleList([spec.expert.build(dim) for _ in range(spec.shared)])
         self.choice = Tap()
         self.weight = Tap()
+
+    def _build_experts(self, dim: int) -> nn.ModuleList:
+        return nn.ModuleList([self.spec.expert.build(dim) for _ in range(self.spec.count)])
 
     def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
         """Apply to each position the experts that its token chooses."""
@@ -82,20 +87,19 @@ class ExpertsModule(nn.Module):
         real = auxiliary.real_tokens(flat.shape[0])
         routing: Routing = self.router(flat, real)
         experts, weights = self.choice(routing.experts), self.weight(routing.weights)
-        capacity = self._capacity(len(flat))
-        if capacity is not None:
-            weights = weights * within_capacity(experts, self.spec.count, capacity)
+        factor = self._factor()
+        if factor is not None:
+            weights = weights * served(experts, self.spec.count, factor)
         out = self._dispatch(flat, experts, weights)
         for expert in self.shared:
             out = out + expert(flat)
         return out.view_as(x)
 
-    def _capacity(self, tokens: int) -> int | None:
+    def _factor(self) -> float | None:
         spec = self.spec
-        factor = spec.capacity
         if not self.training and spec.capacity_evaluation is not None:
-            factor = spec.capacity_evaluation
-        return None if factor is None else math.floor(factor * tokens * spec.top / spec.count)
+            return spec.capacity_evaluation
+        return spec.capacity
 
     def _dispatch(self, flat: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Sort choices by expert, let each expert work on its own in one piece, and add the results up by token."""
@@ -103,30 +107,67 @@ class ExpertsModule(nn.Module):
         chosen, factors = experts.flatten(), weights.flatten()
         kept = factors != 0  # beyond capacity, or not taken
         order = torch.argsort(torch.where(kept, chosen, self.spec.count), stable=True)
-        counts = torch.bincount(chosen[kept], minlength=self.spec.count).tolist()
-        order = order[: sum(counts)]
+        counts = torch.bincount(chosen[kept], minlength=self.spec.count).cpu()  # where tensors are cut, not computed
+        order = order[: int(counts.sum())]
         tokens = order // top
-        inputs = flat[tokens]
+        scaled = self._work(flat[tokens], counts) * factors[order, None]
+        return torch.zeros_like(flat).index_add(0, tokens, scaled.to(flat.dtype))
+
+    def _work(self, inputs: Tensor, counts: Tensor) -> Tensor:
+        """Return the outputs for inputs sorted by expert, `counts` of them for each."""
+        experts = self._experts_here()
+        parts = inputs.split(counts.tolist())
         outputs = [
             expert(part) if len(part) else self._unused(expert, part)
-            for expert, part in zip(self.experts, inputs.split(counts), strict=True)
+            for expert, part in zip(experts, parts, strict=True)
         ]
-        scaled = torch.cat(outputs) * factors[order, None]
-        return torch.zeros_like(flat).index_add(0, tokens, scaled.to(flat.dtype))
+        return torch.cat(outputs)
+
+    def _experts_here(self) -> Sequence[nn.Module]:
+        return list(self.experts)
 
     def _unused(self, expert: nn.Module, part: Tensor) -> Tensor:
         """Return nothing; in training in a way that gives the expert's parameters gradients of zero, not none."""
-        if not self.training or not torch.is_grad_enabled():
-            return part
+        return self._nothing(expert, part) if self.training and torch.is_grad_enabled() else part
+
+    def _nothing(self, expert: nn.Module, part: Tensor) -> Tensor:
         total: Any = sum((p.sum() * 0 for p in expert.parameters() if p.requires_grad), start=part.new_zeros(()))
         return part + total
 
 
-def within_capacity(experts: Int[Tensor, "tokens top"], count: int, capacity: int) -> Bool[Tensor, "tokens top"]:
+def served(experts: Int[Tensor, "tokens top"], count: int, factor: float) -> Bool[Tensor, "tokens top"]:
+    """Return where a choice is within the capacity of its expert, floor(factor * tokens * top / count)."""
+    tokens, top = experts.shape
+    if not processes.is_spread():
+        return within_capacity(experts, count, _capacity(factor, tokens, top, count))
+    choices = torch.stack([torch.bincount(column, minlength=count) for column in experts.unbind(1)])
+    everywhere = processes.gathered(choices)  # (processes, top, count)
+    capacity = _capacity(factor, int(everywhere.sum()) // top, top, count)
+    others = everywhere.clone()
+    others[processes.rank()] = 0
+    # a choice comes after all processes' better choices, and after earlier processes' equally good ones
+    before = others.sum(0).cumsum(0) - others.sum(0) + others[: processes.rank()].sum(0)
+    return within_capacity(experts, count, capacity, before)
+
+
+def _capacity(factor: float, tokens: int, top: int, count: int) -> int:
+    return math.floor(factor * tokens * top / count)
+
+
+def within_capacity(
+    experts: Int[Tensor, "tokens top"],
+    count: int,
+    capacity: int,
+    before: Int[Tensor, "top count"] | None = None,
+) -> Bool[Tensor, "tokens top"]:
     """Return where a choice is among the first `capacity` of its expert.
 
-    All tokens' first choices come before any second choice (GShard), and within a choice tokens come in order.
+    All tokens' first choices come before any second choice (GShard), and within a choice tokens come in order. `before`
+    counts what comes before from elsewhere: for each choice, first or second or so, and each expert.
     """
     by_choice = experts.t().flatten()
     place = torch.nn.functional.one_hot(by_choice, count).cumsum(0).gather(1, by_choice[:, None]).squeeze(1)
-    return (place <= capacity).view(experts.shape[1], -1).t()
+    place = place.view(experts.shape[1], -1)
+    if before is not None:
+        place = place + before.gather(1, experts.t())
+    return (place <= capacity).t()

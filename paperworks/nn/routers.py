@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.nn import auxiliary
+from paperworks.nn import auxiliary, processes
 from paperworks.nn.spec import Spec
 
 
@@ -43,16 +43,18 @@ def balance_loss(
     count = probabilities.shape[1]
     if real is not None:
         probabilities, chosen = probabilities[real], chosen[real]
-    if len(chosen) == 0:
-        return probabilities.sum() * 0.0
-    share = torch.bincount(chosen.flatten(), minlength=count).to(probabilities.dtype) / chosen.numel()
-    return count * (share * probabilities.mean(0)).sum()
+    choices = torch.bincount(chosen.flatten(), minlength=count).to(probabilities.dtype)
+    choices, sums = processes.summed(torch.stack((choices, probabilities.sum(0)))).unbind()
+    made = choices.sum().clamp(min=1)
+    return count * (choices / made * sums / (made / chosen.shape[1])).sum()
 
 
 def z_loss(logits: Float[Tensor, "tokens experts"], real: Bool[Tensor, " tokens"] | None = None) -> Float[Tensor, ""]:
     """Return mean(logsumexp(logits)^2), which keeps a router's logits small (Zoph et al. 2022, arXiv:2202.08906)."""
     logits = logits if real is None else logits[real]
-    return logits.logsumexp(-1).square().sum() / max(1, len(logits))
+    squares = logits.logsumexp(-1).square().sum()
+    total, tokens = processes.summed(torch.stack((squares, torch.full_like(squares, len(logits))))).unbind()
+    return total / tokens.clamp(min=1)
 
 
 def squared_variation(values: Float[Tensor, " experts"]) -> Float[Tensor, ""]:
@@ -183,10 +185,10 @@ class NoisyTopKRouterModule(nn.Module):
         counted = slice(None) if real is None else real
         if self.spec.importance:
             given = torch.zeros_like(noisy).scatter(1, experts, weights)[counted].sum(0)
-            auxiliary.add(self.spec.importance * squared_variation(given), "importance")
+            auxiliary.add(self.spec.importance * squared_variation(processes.summed(given)), "importance")
         if self.spec.load and self.top < clean.shape[1]:
             load = smooth_load(clean, spread, noisy, self.top)[counted].sum(0)
-            auxiliary.add(self.spec.load * squared_variation(load), "load")
+            auxiliary.add(self.spec.load * squared_variation(processes.summed(load)), "load")
         return Routing(experts, weights)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paperworks.train.clipping import clipped_by_value as clipped_by_value
+    from paperworks.train.distribution import joined as joined
     from paperworks.train.dynamic_evaluation import dynamic_log_probabilities as dynamic_log_probabilities
     from paperworks.train.dynamic_evaluation import stream_log_probabilities as stream_log_probabilities
     from paperworks.train.evaluation import evaluate as evaluate
@@ -54,6 +55,7 @@ _OFFERED = {
     "evaluate": "evaluation",
     "fit": "loop",
     "full_state": "sharding",
+    "joined": "distribution",
     "latest": "folder",
     "next_token_loss": "losses",
     "paged_adamw": "paging",

@@ -2,7 +2,10 @@
 
 All processes run the same program on the same batches, and each computes its share of every step: whole micro-batches
 where a step has enough of them, else rows of each. Sums are added over all processes and divided once, by the elements
-of all, so that a run has the same losses whatever the number of processes. One process, and nothing here does anything.
+of all, so that a run has the same losses whatever the number of processes. Parts that look at all tokens of a batch
+(routing balance, an expert's capacity) see those of all processes where a batch is shared out (`nn.processes`). Weights
+that each process keeps for itself (`ParallelExperts`) are neither copied nor added. One process, and nothing here does
+anything.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from paperworks.nn.processes import tensors_kept_apart
 
 T = TypeVar("T")
 
@@ -104,9 +109,12 @@ def place(model: nn.Module, device: str | None) -> torch.device:
 
 @torch.no_grad()
 def replicate(model: nn.Module) -> None:
-    """Let every process start from the first one's weights."""
-    if processes() > 1:
-        for tensor in chain(model.parameters(), model.buffers()):
+    """Let every process start from the first one's weights, but for those that each keeps for itself."""
+    if processes() == 1:
+        return
+    apart = tensors_kept_apart(model)
+    for tensor in chain(model.parameters(), model.buffers()):
+        if id(tensor) not in apart:
             dist.broadcast(tensor.detach(), 0)
 
 
@@ -190,7 +198,7 @@ def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
     A parameter that took part elsewhere only (an expert without tokens here) counts as zero here.
     """
-    if processes() == 1:
+    if processes() == 1 or not parameters:
         return
     here = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     anywhere = here.clone()

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from paperworks.nn.processes import tensors_kept_apart
 from paperworks.train import distribution, evaluation, optimizers, randomness, sharding
 from paperworks.train.batches import Batches, Source
 from paperworks.train.folder import RunFolder
@@ -105,6 +106,12 @@ def _require_trainable(model: nn.Module, loss: Loss, settings: Settings) -> None
             raise ValueError(f"the loss has parameters of its own ({', '.join(own)}): make them part of the model")
     if settings.sharded and settings.precision == "float16":
         raise ValueError("sharded training does not scale losses: use precision='bfloat16', whose range needs no scale")
+    if tensors_kept_apart(model) and (settings.sharded or settings.precision == "float16"):
+        what, do = ("sharded=True", "leave it False") if settings.sharded else ("precision='float16'", "use 'bfloat16'")
+        raise ValueError(
+            f"{what} does not go with experts that are spread over processes (ParallelExperts): {do}, or let every "
+            "process keep all experts (Experts)"
+        )
     if settings.precision == "float16":
         half = [name for name, parameter in parameters.items() if parameter.dtype == torch.float16]
         if half:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from paperworks.train import distribution
+from paperworks.train.apart import Apart
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -69,8 +70,9 @@ def like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state as whole tensors, after training with `Settings(sharded=True)`.
+    """Return the model's state as whole tensors, after training with `Settings(sharded=True)` or `ParallelExperts`.
 
-    Every process must call it; each gets all of it.
+    Every process must call it; each gets all of it. Experts that others keep come on the CPU.
     """
-    return {name: whole(value).detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    here = {name: whole(value).detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return Apart(model).whole(here)

@@ -34,6 +34,9 @@ class State:
         self._rates, self._rates_until = 0, 0
         self._groups = _described(optimizer)
         self._weights = Weights(model)
+        self._apart = self._weights.apart
+        self._own_names = self._names()
+        self._all_names = [self._apart.in_order(group) for group in self._own_names]
 
     def save(self, folder: Path, seconds: float) -> None:
         """Write a checkpoint. Raises Diverged rather than write weights that are not finite."""
@@ -49,7 +52,7 @@ class State:
             "settings": self.settings.described(),
             "rates": self._rates,
             "weights": manifest,
-            "optimizer": self._optimizer_identity() | {"state": _whole(self.optimizer.state_dict())},
+            "optimizer": self._optimizer_identity() | {"state": self._optimizer_state()},
             "scaler": self.scaler.state_dict(),
             "batches": self.source.state(),
             "random": randomness.to_json(randomness.capture()),
@@ -76,7 +79,8 @@ class State:
 
     def _restore(self, saved: dict[str, Any], folder: Path) -> None:
         self._weights.restore(checkpoint.read_weights(folder), saved["weights"])
-        self._restore_optimizer(saved["optimizer"]["state"])
+        optimizer = saved["optimizer"]
+        self._restore_optimizer(self._apart.own_optimizer(optimizer["state"], optimizer["names"], self._own_names))
         self.scaler.load_state_dict(saved["scaler"])
         self.source.restore(saved["batches"])
         self.step, self.seconds, self.counted = saved["step"], saved["seconds"], saved["counted"]
@@ -99,7 +103,11 @@ class State:
 
     def _optimizer_identity(self) -> dict[str, Any]:
         kind = type(self.optimizer)
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", "groups": self._groups, "names": self._names()}
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", "groups": self._groups, "names": self._all_names}
+
+    def _optimizer_state(self) -> Any:
+        state = _whole(self.optimizer.state_dict())
+        return self._apart.whole_optimizer(state, self._own_names, keep=distribution.is_first())
 
     def _names(self) -> list[list[str]]:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from paperworks.nn import auxiliary, half_precision
+from paperworks.nn import auxiliary, half_precision, processes
 from paperworks.train import distribution, objective, sharding
 from paperworks.train.batches import Source
 from paperworks.train.objective import Loss, Tally, Value
@@ -62,6 +62,9 @@ class Stepper:
     ) -> None:
         self.model, self.loss, self.optimizer, self.settings, self.device = model, loss, optimizer, settings, device
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        apart = processes.tensors_kept_apart(model)
+        self._own = [parameter for parameter in self.parameters if id(parameter) in apart]
+        self._common = [parameter for parameter in self.parameters if id(parameter) not in apart]
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
         self.deferred = (
@@ -112,7 +115,8 @@ class Stepper:
             place = Place(step, source.epoch, source.position - 1)
             if part is None:
                 continue
-            value = self._gradient(*part, place)
+            with processes.one_batch(part[1] < 1):
+                value = self._gradient(*part, place)
             loss, count = loss + value.sum, count + value.elements
         if not self._alone and self.deferred:
             loss, count, self._items = distribution.totals(loss, count, self._items)
@@ -169,12 +173,12 @@ class Stepper:
             self._forget()
             raise ValueError(_nothing_counted(place))
         if not self.settings.sharded:
-            distribution.add_gradients(self.parameters)
+            distribution.add_gradients(self._common)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         for parameter in self.parameters:
             if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()  # a row that several elements touched is one row
+                parameter.grad = _coalesced(parameter.grad)  # a row that several elements touched is one row
         gradients = [_numbers(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         if not gradients:
             raise ValueError(
@@ -191,11 +195,23 @@ class Stepper:
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the norm of all gradients together: on one device, a third of the time of torch's for small models."""
+        if self._own:
+            return self._norm_of_everybodys()
         if not self._alone:
             return sharding.whole(torch.nn.utils.get_total_norm(gradients))
         if self._uniform:
             return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return torch.nn.utils.get_total_norm(gradients)
+
+    def _norm_of_everybodys(self) -> Tensor:
+        """Return the norm over the parameters of all processes: what each keeps for itself, and what is common."""
+        own, common = (
+            torch.nn.utils.get_total_norm([_numbers(p.grad) for p in some if p.grad is not None])
+            for some in (self._own, self._common)
+        )
+        (squares,) = distribution.totals(own.square())
+        norm: Tensor = (common.square() + squares).sqrt()
+        return norm.to(common.dtype)
 
     def _clip(self, norm: Tensor) -> None:
         """Scale all gradients by min(1, clip / (norm + 1e-6)), as torch does; here also shares of them."""
@@ -259,6 +275,14 @@ class Stepper:
     def _forget(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _coalesced(gradient: Tensor) -> Tensor:
+    """Return a sparse gradient that has each row once; autograd forgets of one that has them that it does."""
+    rows = gradient._indices()
+    if len(rows) == 1 and bool((rows[0, 1:] > rows[0, :-1]).all()):
+        return gradient._coalesced_(True)
+    return gradient.coalesce()
 
 
 def _numbers(gradient: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.train import distribution, sharding, trees
+from paperworks.train.apart import Apart
 
 
 class Weights:
@@ -19,6 +20,7 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.apart = Apart(model)
         named = dict(model.named_parameters(remove_duplicate=False))
         partly = any(not parameter.requires_grad for parameter in named.values())
         self.trained = {name for name, parameter in named.items() if parameter.requires_grad}
@@ -42,7 +44,10 @@ class Weights:
         return None
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors to write and the manifest that tells how they make up the state again."""
+        """Return the tensors to write and the manifest that tells how they make up the state again.
+
+        Of what each process keeps for itself only the first one, which writes, gets all.
+        """
         stored: dict[str, Tensor] = {}
         manifest: dict[str, Any] = {"stored": {}, "aliases": {}, "left_out": {}, "others": {}}
         first: dict[Any, str] = {}
@@ -60,13 +65,14 @@ class Weights:
                 first[same] = name
                 stored[name] = sharding.whole(value)
                 manifest["stored"][name] = _kind(value)
-        return stored, manifest
+        return self.apart.whole(stored, keep=distribution.is_first()), self.apart.whole_manifest(manifest)
 
     def differences(self, manifest: dict[str, Any]) -> list[str]:
         """List what in this model is not as in the model the manifest was captured from."""
         saved = dict(manifest["stored"])
         saved |= {name: saved[first] for name, first in manifest["aliases"].items()}
         saved |= {name: kind[:2] for name, kind in manifest["left_out"].items()}
+        saved = {name: kind for name, kind in saved.items() if name not in self.apart.elsewhere}
         now = {name: _kind(tensor) for name, tensor in self._tensors().items()}
         found = [f"weight {name}: was {_said(saved[name])}, is missing now" for name in saved if name not in now]
         found += [f"weight {name}: is new, {_said(now[name])}" for name in now if name not in saved]
@@ -74,11 +80,13 @@ class Weights:
             if name in now and saved[name] != now[name]:
                 found.append(f"weight {name}: was {_said(saved[name])}, now {_said(now[name])}")
         for name, kind in manifest["left_out"].items():
+            if name in self.apart.elsewhere:
+                continue
             if name in self.trained:
                 found.append(f"weight {name}: was frozen, is trained now")
             elif now.get(name) == kind[:2] and self._fingerprint_now(name) != kind[2]:
                 found.append(f"weight {name}: is frozen, but its values are not those the run began with")
-        return found
+        return self.apart.united(found)
 
     def _fingerprint_now(self, name: str) -> int:
         return self.at_start[name] if name in self.at_start else fingerprint(self._tensors()[name])
@@ -86,8 +94,9 @@ class Weights:
     def restore(self, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         """Put the saved state into the model, whose `differences` must have been found empty."""
         now = self._tensors()
-        state: dict[str, Any] = {name: sharding.like(tensors[name], now[name]) for name in manifest["stored"]}
-        state |= {name: state[first] for name, first in manifest["aliases"].items()}
+        here = [name for name in manifest["stored"] if name in now]
+        state: dict[str, Any] = {name: sharding.like(tensors[name], now[name]) for name in here}
+        state |= {name: state[first] for name, first in manifest["aliases"].items() if name in now}
         state |= {name: trees.unflatten(tree, tensors) for name, tree in manifest["others"].items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         lost = [name for name in missing if name not in manifest["left_out"]] + list(unexpected)

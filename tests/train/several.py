@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ from torch import nn
 
 from paperworks import train
 from paperworks.models import Block, Decoder
-from paperworks.nn import Attention, GatedMLP, RMSNorm, RoPE
+from paperworks.nn import Attention, Experts, GatedMLP, RMSNorm, RoPE, TopKRouter
+from paperworks.nn.expert_parallel import ParallelExperts
+from paperworks.train import distribution
 from tests.train.small import classifier, examples, mean_loss, summed_loss
 
 SETTINGS = train.Settings(steps=6, lr=1e-2, log_every=1, save_every=3, progress=False, clip=0.5)
@@ -74,7 +77,7 @@ def everything(folder: Path) -> dict:
     sharded = replace(SETTINGS, sharded=True)
     model = language_model()
     found["sharded"] = fitted(model, train.next_token_loss, texts(), sharded, run_dir=folder / "sharded")
-    if train.distribution.processes() == 1:
+    if distribution.processes() == 1:
         found["state"] = {name: tensor.tolist() for name, tensor in train.full_state(model).items()}
     return found
 
@@ -127,6 +130,95 @@ def diverged(folder: Path) -> dict:
     except train.Diverged as error:
         return {"message": str(error)}
     return {"message": "nothing was wrong"}
+
+
+ROUTER = TopKRouter(softmax="before", balance=0.1, z=0.01)
+STEADY = replace(SETTINGS, schedule="constant", warmup=0)
+
+
+def mixture(kind: type[Experts] = ParallelExperts) -> nn.Module:
+    """A language model with four experts a block; join the processes first, that each may keep its share."""
+    torch.manual_seed(0)
+    experts = kind(expert=GatedMLP(hidden=12), count=4, router=ROUTER, capacity=0.8)
+    block = Block(norm=RMSNorm(), mixer=Attention(heads=2, position=RoPE()), feedforward=experts)
+    return Decoder(vocab_size=19, dim=16, depth=2, block=block, norm=RMSNorm()).build()
+
+
+def only_experts(model: nn.Module) -> nn.Module:
+    """Leave to train what the processes keep for themselves, in two layers, and nothing else."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".experts." in name)
+    return model
+
+
+def frozen_experts(model: nn.Module, moved: str = "none of them") -> nn.Module:
+    """Train everything else; the parameters of one name are another's than those drawn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".experts." not in name)
+        if moved in name:
+            parameter.detach().add_(1.0)
+    return model
+
+
+def refusal(model: nn.Module, run_dir: Path | None = None, **settings) -> str:
+    try:
+        train.fit(model, train.next_token_loss, texts(), replace(SETTINGS, **settings), run_dir=run_dir)
+    except ValueError as error:
+        return str(error)
+    return "nothing was wrong"
+
+
+def experts(folder: Path) -> dict:
+    """Experts that every process keeps, and experts that are spread: both as in one process."""
+    found = {}
+    with distribution.joined(None):
+        fitting = (train.next_token_loss, texts(rows=5))
+        found["kept"] = fitted(mixture(Experts), *fitting, SETTINGS)
+        model = mixture()
+        found["spread"] = fitted(model, *fitting, SETTINGS, run_dir=folder / "spread")
+        found["numbers"] = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        state = train.full_state(model)
+        found["state"] = {name: state[name].tolist() for name in sorted(state)}
+        found["whole micro-batches"] = fitted(mixture(), *fitting, replace(SETTINGS, accumulate=2))
+        found["computed again"] = fitted(train.recompute(mixture()), *fitting, SETTINGS)
+        found["frozen"] = fitted(only_experts(mixture()), *fitting, SETTINGS, run_dir=folder / "frozen")
+        found["left out"] = fitted(frozen_experts(mixture()), *fitting, SETTINGS, run_dir=folder / "left out")
+        if distribution.is_first():
+            again("spread", folder, folder / "own")
+        distribution.wait()
+        for origin, name in (("own", "spread"), ("others", "spread"), ("others", "frozen")):
+            if (place := folder / origin / name).exists():
+                model = mixture() if name == "spread" else only_experts(mixture())
+                found[f"{origin}, {name}"] = fitted(model, *fitting, SETTINGS, run_dir=place)
+        if distribution.processes() > 1:
+            found["refused"] = [
+                refusal(mixture(), sharded=True),
+                refusal(mixture(), precision="float16"),
+                refusal(only_experts(mixture()), run_dir=folder / "spread"),
+                refusal(frozen_experts(mixture(), "experts.3.up"), run_dir=folder / "left out"),
+            ]
+    return found
+
+
+def again(name: str, source: Path, target: Path) -> None:
+    """Copy a run as it was after three steps."""
+    step = Path(name) / "checkpoints" / "step-000003"
+    shutil.copytree(source / step, target / step)
+
+
+def experts_killed(folder: Path) -> dict:
+    """One process is killed in step 5 while the other waits for its tokens."""
+    with distribution.joined(None):
+        model = mixture()
+
+        def die(module: nn.Module, given: object) -> None:
+            die.calls += 1
+            if die.calls == 5 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        die.calls = 0
+        model.blocks[1].feedforward.router.register_forward_pre_hook(die)
+        return fitted(model, train.next_token_loss, texts(rows=5), STEADY, run_dir=folder / "whole")
 
 
 def too_few(folder: Path) -> dict:

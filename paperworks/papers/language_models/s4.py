@@ -135,21 +135,33 @@ def _rebuilt(matrix: Tensor, into: Tensor, power: int) -> float:
 class Reader(nn.Module):
     """Reads a signal one number a token through blocks of one kind.
 
-    It says something at "every" token, at the "last", or of the "mean" of all.
+    It says something at "every" token, at the "last", or of the "mean" of all. With `apart` every token is a document
+    of its own, which no state reaches.
     """
 
-    def __init__(self, block: Block, dim: int, depth: int, answers: int, at: Literal["every", "last", "mean"]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        dim: int,
+        depth: int,
+        answers: int,
+        at: Literal["every", "last", "mean"],
+        apart: bool = False,
+    ) -> None:
         super().__init__()
         self.input = nn.Linear(1, dim)
         self.blocks = nn.ModuleList([block.build(dim) for _ in range(depth)])
         self.norm = block.norm.build(dim)
         self.output = nn.Linear(dim, answers)
         self.at = at
+        self.apart = apart
 
     def forward(self, x: Tensor) -> Tensor:
         """Read (batch, places ...); return (batch, time, answers), or (batch, answers) of a whole sequence."""
         read = self.input(x.flatten(1)[..., None])
-        stream = open_stream(len(read), read.shape[1], read.device)
+        rows, time = read.shape[:2]
+        segments = torch.arange(1, time + 1, device=read.device).expand(rows, time) if self.apart else None
+        stream = open_stream(rows, time, read.device, segments=segments)
         for block in self.blocks:
             read = block(read, stream)
         if self.at != "every":
@@ -190,54 +202,62 @@ def _settings(lab: Lab, steps: int, lr: float) -> train.Settings:
     )
 
 
+def _reading(lab: Lab, name: str, model: Reader, edge: int, steps: int) -> float:
+    """Teach the model to read digits of `edge` by `edge` pixels; return the share of new ones that it gets right."""
+    count, tests = lab.pick(smoke=(64, 64), small=(16000, 2000))
+    settings = _settings(lab, steps, 5e-3)
+    taught(lab, model, draw(count, 1, side=edge), settings, f"digits, {name}", rows=32, optimizer=_adamw(model))
+    return 1 - classified(lab, model, draw(tests, 3, side=edge))[1]
+
+
 @paper.claim(
-    "Digits are read pixel by pixel, and HiPPO's matrix is what makes long sequences learnable",
-    paper="Section 4: sequential CIFAR-10 (1,024 pixels) 91%; ablations: random Gaussian matrices, also of the same "
-    "normal-plus-low-rank form, generalize far worse than HiPPO's",
-    control="the same layers with a random Gaussian matrix, stable and of the same form",
+    "Digits are read pixel by pixel",
+    paper="Section 4: sequential CIFAR-10 (1,024 pixels) 91%",
+    control="the same layers, each pixel a document of its own: no state reaches the next",
 )
 def reads_digits(lab: Lab) -> Verdict:
-    """Drawn digits, one pixel a token, two layers; 64 pixels, then 256 with the class to be said at the last one."""
-    small_side, side = lab.pick(smoke=(4, 6), small=(8, 16))
-    steps, long_steps = lab.pick(smoke=(2, 2), small=(1000, 400))
-    count, tests = lab.pick(smoke=(64, 64), small=(8000, 2000))
+    """Drawn digits of 64 pixels, one a token, two layers of width 64; the mean of all tokens answers."""
+    edge, steps = lab.pick(smoke=(4, 2), small=(8, 2500))
     right: dict[str, float] = {}
-    runs = (
-        ("short", small_side, steps, S4(length=small_side**2)),
-        ("long", side, long_steps, S4(length=side**2)),
-        ("long, random matrix", side, long_steps, S4(length=side**2, initial="random")),
-    )
-    for name, edge, taken, mixer in runs:
+    for name, apart in (("S4", False), ("no state", True)):
         torch.manual_seed(lab.seed)
-        model = Reader(Block(norm=LayerNorm(), mixer=mixer), 64, 2, 10, "mean" if name == "short" else "last")
-        taught(
-            lab,
-            model,
-            draw(count, 1, side=edge),
-            _settings(lab, taken, 5e-3),
-            f"digits, {name}",
-            rows=32,
-            optimizer=_adamw(model),
-        )
-        right[name] = 1 - classified(lab, model, draw(tests, 3, side=edge))[1]
+        model = Reader(Block(norm=LayerNorm(), mixer=S4(length=edge**2)), 64, 2, 10, "mean", apart)
+        right[name] = _reading(lab, name, model, edge, steps)
     return lab.judge(
         checks={
-            f"at {small_side**2} pixels at least 0.95 right": right["short"] >= 0.95,
-            f"at {side**2} a random matrix at least 5 points worse": right["long, random matrix"]
-            <= right["long"] - 0.05,
+            "at least 0.95 right": right["S4"] >= 0.95,
+            "without a state at least 0.3 fewer": right["no state"] <= right["S4"] - 0.3,
         },
-        measured={
-            f"right, {small_side**2} pixels": right["short"],
-            f"right, {side**2} pixels": right["long"],
-            "steps": steps,
-            f"steps, {side**2} pixels": long_steps,
-        },
-        control={f"right, {side**2} pixels, random matrix": right["long, random matrix"]},
+        measured={"right": right["S4"], "pixels": edge**2, "steps": steps},
+        control={"right, no state": right["no state"]},
         note=(
-            "Over 64 pixels the mean of all tokens answers, as the paper has it; over 256 the last token, which must "
-            "have all of them in memory. At first it was the other way: with the last token 64 pixels gave 92.1%; with "
-            "the mean over 784 pixels the random matrix did no worse (77% against 76% after 400 steps), for nothing "
-            "had to be remembered. More than 256 pixels would take this machine more than a claim's five minutes."
+            "In earlier runs, of 1,000 steps on 8,000 digits, 94.3% were right (92.1% where the last token answered): "
+            "the target was missed, and stays what it was; trained now are 2,500 steps on 16,000 digits."
+        ),
+    )
+
+
+@paper.claim(
+    "HiPPO's matrix is what makes long sequences learnable",
+    paper="Section 4, ablations: random Gaussian matrices, also of the same form, generalize far worse",
+    control="the same layers with a random Gaussian matrix, stable and of the same form",
+)
+def needs_hippo(lab: Lab) -> Verdict:
+    """Drawn digits of 256 pixels, one a token; the last token answers, and must have all of them in memory."""
+    edge, steps = lab.pick(smoke=(6, 2), small=(16, 400))
+    right: dict[str, float] = {}
+    mixers = {"HiPPO": S4(length=edge**2), "random matrix": S4(length=edge**2, initial="random")}
+    for name, mixer in mixers.items():
+        torch.manual_seed(lab.seed)
+        right[name] = _reading(lab, name, Reader(Block(norm=LayerNorm(), mixer=mixer), 64, 2, 10, "last"), edge, steps)
+    return lab.judge(
+        checks={"a random matrix at least 5 points worse": right["random matrix"] <= right["HiPPO"] - 0.05},
+        measured={"right, HiPPO": right["HiPPO"], "pixels": edge**2, "steps": steps},
+        control={"right, random matrix": right["random matrix"]},
+        note=(
+            "With the mean over 784 pixels the random matrix did no worse (77% against 76% after 400 steps), for then "
+            "nothing has to be remembered. More than 256 pixels would take this machine more than a claim's five "
+            "minutes."
         ),
     )
 
