@@ -46,6 +46,7 @@ FORMATS = {
     "Q2_K": compress.GGML(kind="Q2_K"),
     "2:4 sparse": compress.SparseGPT(pattern="2:4"),
     "Effort": compress.Effort(effort=0.9),
+    "Ternary": compress.Ternary(),
 }
 SIZES = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -106,7 +107,7 @@ def fresh(form, name):
 
 
 # Every pair of the four methods and sixteen formats in three models; variants of them once, so that it stays quick.
-VARIANTS = {"LLM.int8", "SmoothQuant", "NF4 twice", "QuIP-2", "Effort"}
+VARIANTS = {"LLM.int8", "SmoothQuant", "NF4 twice", "QuIP-2", "Effort", "Ternary"}
 CELLS = [
     (adapter, form, name)
     for form in FORMATS

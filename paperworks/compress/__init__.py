@@ -25,6 +25,7 @@ from paperworks.compress.smoothquant import SmoothQuant
 from paperworks.compress.sparse import Magnitude, Sparse, Wanda
 from paperworks.compress.sparsegpt import SparseGPT
 from paperworks.compress.statistics import Statistics
+from paperworks.compress.ternary import Ternary
 from paperworks.compress.tuning import tune_block
 from paperworks.compress.uniform import Int8, Uniform
 
@@ -55,6 +56,7 @@ __all__ = [
     "Sparse",
     "SparseGPT",
     "Statistics",
+    "Ternary",
     "Uniform",
     "Wanda",
     "WeightFormat",

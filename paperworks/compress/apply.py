@@ -118,6 +118,12 @@ def _untouched(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 def _compressed(path: str, module: nn.Module, format: WeightFormat, statistics: Statistics | None) -> CompressedLinear:
     weight = weight_of(module)
+    needed, has = getattr(module, "input_norm", None), getattr(format, "norm", None)
+    if needed is not None and needed != has:
+        raise ValueError(
+            f"{path} normalizes its inputs by itself, which {type(format).__name__} would leave out: use "
+            f"compress.Ternary(norm={needed})"
+        )
     try:
         compressed = CompressedLinear(format, weight, bias_of(module), statistics)
     except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:

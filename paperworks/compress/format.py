@@ -50,6 +50,10 @@ class WeightFormat(Spec):
         """
         return self.encode(weight)
 
+    def prepare(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... columns"]:
+        """Return what `multiply` is given for a layer's inputs: differentiable, for what is done to them before."""
+        return x
+
     def multiply(
         self, x: Float[Tensor, "... columns"], stored: Stored, shape: tuple[int, int]
     ) -> Float[Tensor, "... rows"]:

@@ -85,7 +85,7 @@ class CompressedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
         """Multiply by the stored weight."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        stored = self.stored
+        stored, x = self.stored, self.format.prepare(x)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in stored.values()):
             return F.linear(x, self.format.decode_as(stored, self.shape, x.dtype), bias)
         if torch.is_grad_enabled() and x.requires_grad:

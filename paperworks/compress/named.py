@@ -15,6 +15,7 @@ from paperworks.compress.quip_sharp import QuIPSharp
 from paperworks.compress.smoothquant import SmoothQuant
 from paperworks.compress.sparse import Magnitude, Wanda
 from paperworks.compress.sparsegpt import SparseGPT
+from paperworks.compress.ternary import Ternary
 from paperworks.compress.uniform import Int8, Uniform
 from paperworks.errors import unknown
 
@@ -34,6 +35,7 @@ NAMED: dict[str, type[WeightFormat]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "ternary": Ternary,
 }
 GGUF_KINDS = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_1", "q5_0", "q4_1", "q4_0")
 

@@ -14,6 +14,7 @@ from paperworks.models.stack import Stack, StackModel
 from paperworks.models.task import TaskModel
 from paperworks.models.upcycling import upcycle
 from paperworks.models.vocabulary import with_more_tokens
+from paperworks.models.word_vector_files import read_word_vectors, write_word_vectors
 from paperworks.models.word_vectors import WordVectors
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "mixture_weights",
     "preset",
     "presets",
+    "read_word_vectors",
     "upcycle",
     "with_more_tokens",
+    "write_word_vectors",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from paperworks.models.stack import Stack, StackModel
-from paperworks.nn import Cache, open_stream
+from paperworks.nn import Cache, LinearKind, open_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Decoder(Stack):
 
     Attributes:
         tied: whether the unembedding is the embedding's transpose.
+        head: what the unembedding is (MatMul-free LM: `BitLinear()`); None for a plain linear layer.
         logit_scale: what the hidden state is multiplied by before the unembedding (T5: dim^-0.5), or None.
         logit_soft_cap: logits become cap * tanh(logit / cap) (Gemma 2), or None.
 
@@ -25,6 +27,7 @@ class Decoder(Stack):
     """
 
     tied: bool = False
+    head: LinearKind | None = None
     logit_scale: float | None = None
     logit_soft_cap: float | None = None
 
@@ -43,7 +46,8 @@ class DecoderModel(StackModel):
 
     def __init__(self, spec: Decoder) -> None:
         super().__init__(spec)
-        self.unembedding = nn.Linear(spec.dim, spec.vocab_size, bias=False)
+        plain = nn.Linear(spec.dim, spec.vocab_size, bias=False)
+        self.unembedding = plain if spec.head is None else cast(nn.Linear, spec.head.convert(plain))
         self.tie()
         if self.embedding.weight.device.type != "meta":
             self.initialize()

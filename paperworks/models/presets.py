@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Literal, overload
 
 from paperworks.errors import unknown
+from paperworks.models.afm import afm_on_device
+from paperworks.models.bitnet import bitnet
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
 from paperworks.models.gpt import bloom, gpt1, gpt2, gpt3
+from paperworks.models.matmul_free import matmul_free
 from paperworks.models.openelm import openelm
 from paperworks.models.seq2seq import Seq2Seq
 from paperworks.models.t5 import switch, t5
@@ -238,6 +241,13 @@ _PRESETS: dict[str, Callable[[], Decoder | Seq2Seq]] = {
     "t5-large": lambda: t5(1024, 4096, 24, 16),
     "t5-3b": lambda: t5(1024, 16_384, 24, 32, 128),
     "t5-11b": lambda: t5(1024, 65_536, 24, 128, 128),
+    "afm-on-device": afm_on_device,
+    "bitnet-b1.58-0.7b": lambda: bitnet(1536, 24, 16, 4096),
+    "bitnet-b1.58-1.3b": lambda: bitnet(2048, 24, 32, 5460),
+    "bitnet-b1.58-3b": lambda: bitnet(3200, 26, 32, 8640),
+    "matmul-free-370m": lambda: matmul_free(1024, 24),
+    "matmul-free-1.3b": lambda: matmul_free(2048, 24),
+    "matmul-free-2.7b": lambda: matmul_free(2560, 32),
     "switch-base-8": lambda: switch(768, 3072, 12, 12, experts=8),
     "switch-base-128": lambda: switch(768, 3072, 12, 12, experts=128),
     "bloom-560m": lambda: bloom(1024, 24, 16),

@@ -73,6 +73,18 @@ class GatedMLP(Feedforward):
         return GatedMLPModule(dim, self)
 
 
+def gated_hidden(hidden: int, multiple: int = 1) -> int:
+    """Return the hidden units with which a gated MLP has the parameters of an MLP of `hidden` units: 2/3 of them.
+
+    A gated MLP has three matrices where the MLP has two (Shazeer 2020, Section 2). The nearest multiple of `multiple`,
+    at least one. Raises ValueError unless both are at least 1.
+    """
+    _check_hidden(hidden, "gated_hidden")
+    if multiple < 1:
+        raise ValueError(f"gated_hidden.multiple must be at least 1, got {multiple}")
+    return max(1, round(2 * hidden / 3 / multiple)) * multiple
+
+
 def _check_hidden(hidden: int, owner: str) -> None:
     if hidden < 1:
         raise ValueError(f"{owner}.hidden must be at least 1, got {hidden}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -66,6 +67,23 @@ def eight_bits(x: Float[Tensor, "... dim"]) -> tuple[Float[Tensor, "... dim"], F
     return (x / step).round().clamp(-128, 127), step
 
 
+class _IntegerProduct(torch.autograd.Function):
+    """(x^ W~^T) * step * scale with integers x^, W~; backwards as if nothing had been rounded but the other factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        (integers, step), (signs, scale) = eight_bits(x), ternary(weight)
+        ctx.save_for_backward(integers, step, signs, scale)
+        return F.linear(integers, signs.to(integers.dtype)).mul_(step).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, Tensor]:
+        integers, step, signs, scale = ctx.saved_tensors
+        gradient = above[0].to(signs.dtype)  # which autocast may have made narrower
+        to_weight = (gradient * step).flatten(0, -2).t() @ integers.to(signs.dtype).flatten(0, -2)
+        return (gradient @ signs).mul_(scale).to(integers.dtype), to_weight
+
+
 class TernaryLinear(nn.Module):
     """The module of `BitLinear`; `weight` is the one in full precision."""
 
@@ -82,16 +100,31 @@ class TernaryLinear(nn.Module):
         """Describe the layer in `print(model)`."""
         return f"{self.in_features} -> {self.out_features}, ternary, bias={self.bias is not None}"
 
+    @property
+    def input_norm(self) -> float | None:
+        """The eps of the norm that inputs pass before they are rounded, or None: what takes its place needs it too."""
+        return self.spec.eps if self.spec.norm else None
+
+    @torch.no_grad()
+    def decoded_weight(self) -> Float[Tensor, "out_features in_features"]:
+        """Return the ternary weight, which is what inputs are multiplied by."""
+        signs, scale = ternary(self.weight)
+        return signs * scale
+
+    @torch.no_grad()
+    def encode_weight(self, weight: Float[Tensor, "out_features in_features"]) -> None:
+        """Train on from another weight in full precision; its ternary form is multiplied by from now on."""
+        self.weight.copy_(weight)
+
     def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         """Multiply by the ternary weight."""
         if self.spec.norm:
             x = F.rms_norm(x, (self.in_features,), None, self.spec.eps)
-        signs, scale = ternary(self.weight)
-        integers, step = eight_bits(x)
-        weight, given = signs * scale, integers * step
         if self.spec.straight_through:
-            weight, given = self.weight + (weight - self.weight).detach(), x + (given - x).detach()
-        return F.linear(given, weight, self.bias)
+            product: Tensor = _IntegerProduct.apply(x, self.weight)
+            return product if self.bias is None else product + self.bias
+        (signs, scale), (integers, step) = ternary(self.weight), eight_bits(x)
+        return F.linear(integers * step, signs * scale, self.bias)
 
     @torch.no_grad()
     def accumulated(self, x: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows out_features"]:
@@ -117,7 +150,7 @@ def pack(signs: Int8[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
     if not bool(((signs >= -1) & (signs <= 1) & (signs == signs.round())).all()):
         raise ValueError(f"only -1, 0 and 1 can be packed, got values from {signs.min()} to {signs.max()}")
     digits = F.pad(signs.to(torch.int16) + 1, (0, -signs.shape[1] % 5), value=1).unflatten(1, (-1, 5))
-    return (digits * torch.tensor(_POWERS, dtype=torch.int16)).sum(-1).to(torch.uint8)
+    return (digits * torch.tensor(_POWERS, dtype=torch.int16, device=signs.device)).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: UInt8[Tensor, "out bytes"], columns: int) -> Int8[Tensor, "out in"]:
@@ -126,5 +159,5 @@ def unpack(packed: UInt8[Tensor, "out bytes"], columns: int) -> Int8[Tensor, "ou
         raise ValueError(f"{columns} columns take {-(-columns // 5)} bytes a row, got {packed.shape[1]}")
     if packed.numel() and int(packed.max()) > 242:
         raise ValueError(f"a byte of five ternary digits is at most 242, got {int(packed.max())}")
-    digits = packed[..., None].to(torch.int16) // torch.tensor(_POWERS, dtype=torch.int16) % 3
+    digits = packed[..., None].to(torch.int16) // torch.tensor(_POWERS, dtype=torch.int16, device=packed.device) % 3
     return (digits - 1).flatten(1)[:, :columns].to(torch.int8)

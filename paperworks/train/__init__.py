@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paperworks.train.clipping import clipped_by_value as clipped_by_value
+    from paperworks.train.distillation import Top1Distillation as Top1Distillation
     from paperworks.train.distribution import joined as joined
     from paperworks.train.dynamic_evaluation import dynamic_log_probabilities as dynamic_log_probabilities
     from paperworks.train.dynamic_evaluation import stream_log_probabilities as stream_log_probabilities
@@ -48,6 +49,7 @@ _OFFERED = {
     "Schedule": "schedules",
     "Settings": "settings",
     "Streams": "streams",
+    "Top1Distillation": "distillation",
     "WarmupStableDecay": "schedules",
     "clipped_by_value": "clipping",
     "cross_entropy_sum": "losses",

@@ -8,6 +8,33 @@ from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RMSNorm
 
 # Published sizes (the catalogue's `exact` entries, and the checkpoints of 3.2, smollm2-360m/1.7b and phi3-medium).
 PUBLISHED = {
+    "gpt1": 116_534_784,
+    # GPT-3: OpenAI's table of compute has them in millions (125, 356, 760, 1,320, 2,650, 6,660, 12,850, 174,600)
+    "gpt3-small": 125_226_240,
+    "gpt3-medium": 355_871_744,
+    "gpt3-large": 760_300_032,
+    "gpt3-xl": 1_315_723_264,
+    "gpt3-2.7b": 2_651_553_280,
+    "gpt3-6.7b": 6_658_404_352,
+    "gpt3-13b": 12_853_386_240,
+    "gpt3-175b": 174_604_259_328,
+    "openelm-270m": 271_527_168,
+    "openelm-450m": 457_179_136,
+    "openelm-1.1b": 1_079_891_456,
+    "openelm-3b": 3_036_647_424,
+    "switch-base-8": 619_339_008,
+    "switch-base-128": 7_415_217_408,
+    "bloom-560m": 559_214_592,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    # published as 2.58 billion and 0.15 of the embedding; 700M, 1.3B, 3B; 370M, 1.3B, 2.7B: counted here
+    "afm-on-device": 2_730_071_552,
+    "bitnet-b1.58-0.7b": 777_856_512,
+    "bitnet-b1.58-1.3b": 1_338_935_296,
+    "bitnet-b1.58-3b": 3_426_473_600,
+    "matmul-free-370m": 373_892_096,
+    "matmul-free-1.3b": 1_364_346_880,
+    "matmul-free-2.7b": 2_701_642_240,
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,

@@ -67,6 +67,7 @@ MIXERS = {
     "slstm": SLSTM(heads=2),
     "slstm exponential": SLSTM(heads=4, width=2, forget="exponential"),
     "mlgru": MLGRU(),
+    "mlgru learned": MLGRU(lower_bound="learned"),
     "mlgru reference": MLGRU(gate="reference", lower_bound=0.3),
     "s4": S4(state=6, length=32),
     "s4 longer": S4(state=4, length=6, initial="random"),
