@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.stream import MixerCache, Stream
+from paperworks.nn.stream import MixerCache, Stream, places_in_segments
 from paperworks.nn.tap import Tap
 
 
@@ -102,10 +102,7 @@ class GRConvModule(nn.Module):
         """Pick for each new token the span that begins where its segment does."""
         if stream.history is None:  # the longest span of each token is the first one of its level
             return torch.stack([vectors[:, 0] for vectors in levels[seen:]], 1)
-        order = torch.arange(seen + time, device=stream.history.device).expand_as(stream.history)
-        begins = torch.ones_like(stream.history, dtype=torch.bool)
-        begins[:, 1:] = stream.history[:, 1:] != stream.history[:, :-1]
-        spans = (order - torch.where(begins, order, 0).cummax(1).values)[:, seen:]  # which level each token needs
+        spans = places_in_segments(stream.history)[:, seen:]  # which level each token needs
         out = torch.zeros_like(levels[0])
         for level, vectors in enumerate(levels):
             first = time - vectors.shape[1]

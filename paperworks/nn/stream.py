@@ -215,8 +215,12 @@ def _count_positions(
             cache._next = cache._next + time
             return positions
         return torch.arange(start, start + time, device=device)[None]
-    order = torch.arange(history.shape[1], device=device).expand_as(history)
+    return places_in_segments(history)[:, start:]
+
+
+def places_in_segments(history: Int[Tensor, "batch seen"]) -> Int[Tensor, "batch seen"]:
+    """Return how many tokens of its segment (a run of one id) stand before each token."""
+    order = torch.arange(history.shape[1], device=history.device).expand_as(history)
     begins = torch.ones_like(history, dtype=torch.bool)
     begins[:, 1:] = history[:, 1:] != history[:, :-1]
-    positions = order - torch.where(begins, order, 0).cummax(dim=1).values
-    return positions[:, start:]
+    return order - torch.where(begins, order, 0).cummax(dim=1).values

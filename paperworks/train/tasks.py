@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paperworks.train.evaluation import evaluate
 from paperworks.train.losses import IGNORED, next_targets
 from paperworks.train.objective import Loss
 
@@ -23,10 +23,11 @@ def task_loss(auxiliary: float = 0.5) -> Loss:
     if auxiliary < 0:
         raise ValueError(f"the weight of the auxiliary loss must be at least 0, got {auxiliary}")
 
-    def loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         said = model(batch["tokens"], batch["segments"], language=auxiliary > 0)
         task = functional.cross_entropy(said.task, batch["labels"])
-        metrics = {"task": task, "accuracy": (said.task.argmax(-1) == batch["labels"]).float().mean()}
+        right = (said.task.argmax(-1) == batch["labels"]).sum()
+        metrics: dict[str, Any] = {"task": task, "accuracy": (right, len(batch["labels"]))}
         if said.language is None:
             return task, metrics
         rows, segments = batch["tokens"].flatten(0, 1), batch["segments"].flatten(0, 1)
@@ -37,11 +38,6 @@ def task_loss(auxiliary: float = 0.5) -> Loss:
     return loss
 
 
-@torch.no_grad()
-def task_accuracy(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+def task_accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Return the share of examples whose likeliest class (or choice) is the label."""
-    was = model.training
-    model.eval()
-    right = [model(batch["tokens"], batch["segments"]).task.argmax(-1) == batch["labels"] for batch in batches]
-    model.train(was)
-    return float(torch.cat(right).float().mean())
+    return evaluate(model, task_loss(0.0), batches)["accuracy"]

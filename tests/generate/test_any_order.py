@@ -1,5 +1,7 @@
 """Sigma-GPT: positions that are asked for, the burst, and rejection sampling."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -244,3 +246,31 @@ def test_impossible_questions_are_refused() -> None:
         gpt(torch.tensor([[1, 2]]), among=torch.ones(3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="even dim"):
         PairedPositions(length=4).build(5)
+
+
+def test_each_round_asks_given_exactly_what_was_kept() -> None:
+    gpt = model()
+    asked_of: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], options: dict, output: torch.Tensor) -> None:
+        if options.get("among") is not None:
+            asked_of.append((options["asked"][0], output[0].log_softmax(-1)))
+
+    handle = gpt.register_forward_hook(note, with_kwargs=True)
+    order: list[int] = []
+    filled = fill(gpt, torch.tensor([[2]]), torch.tensor([0]), torch.arange(1, 9), seed=3)
+    handle.remove()
+    assert len(asked_of) == int(filled.rounds) >= 3
+    known = {0: 2}
+    for (asked, said), (following, _) in zip(asked_of, [*asked_of[1:], (asked_of[0][0][:0], None)], strict=True):
+        kept = [int(place) for place in asked if int(place) not in following.tolist()]
+        best = torch.inf  # the order of those kept is not told: it is one of all orders
+        for ways in itertools.permutations(order) if len(order) < 5 else [tuple(order)]:
+            places = torch.tensor([0, *ways])
+            tokens = torch.tensor([[known[int(place)] for place in places]])
+            best = min(best, float((conditionals(gpt, tokens, places, asked)[0] - said).abs().max()))
+        if len(order) < 5:
+            assert best < 1e-10
+        for place in kept:
+            known[place] = int(filled.tokens[0, place - 1])
+            order.append(place)

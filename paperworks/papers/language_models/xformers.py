@@ -96,8 +96,31 @@ def biases_are_exact(lab: Lab) -> Verdict:
     )
 
 
+def _hidden(bias: AttentionBias, queries: int, keys: int) -> Tensor:
+    """Return the mask from what the names say, pair by pair: nothing of it comes from the pieces."""
+    mask = torch.full((queries, keys), -math.inf, dtype=torch.float64)
+    own, slot = 0, 0
+    if isinstance(bias, BlockDiagonalMask):
+        for asks, has in zip(bias.q_seqlen, bias.kv_seqlen, strict=True):
+            for i in range(asks):
+                last = {BlockDiagonalCausalMask: i, BlockDiagonalCausalWithOffsetPaddedKeysMask: i + has - asks}
+                for j in range(has):
+                    if j <= last.get(type(bias), has):
+                        mask[own + i, slot + j] = 0.0
+            own, slot = own + asks, slot + (bias.kv_padding or has)
+        return mask
+    for i in range(queries):
+        at = i if isinstance(bias, LowerTriangularMask) else i + keys - queries
+        ahead = getattr(bias, "window_right", 0)
+        behind = getattr(bias, "window_left", None)
+        for j in range(keys):
+            if j <= at + ahead and (behind is None or j >= at - behind):
+                mask[i, j] = 0.0
+    return mask
+
+
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias) -> Tensor:
-    mask = bias.materialize((q.shape[1], k.shape[1]), torch.float64)
+    mask = _hidden(bias, q.shape[1], k.shape[1])
     weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + mask).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
