@@ -1,5 +1,6 @@
-"""Files and folders that appear whole or not at all: a kill or a full disk leaves what stood before."""
+"""Files and folders that appear whole or not at all, and never at the cost of what stands there."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -38,14 +39,17 @@ def writing_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success its files are synced and it takes the place of `path`.
+    """Yield a temporary folder beside `path`; on success its files are synced and it is renamed to `path`.
 
-    An older folder at `path` is moved aside first and removed last. A kill between the two renames leaves the
-    complete older folder under the name `.<name>.previous`, which `recover_directory` puts back.
+    Nothing that exists is replaced or removed: `path` must be new, or an empty folder. A link is followed, so the files
+    arrive where it points.
+
+    Raises:
+        FileExistsError: when `path` is a file, or a folder that holds anything.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    _require_vacant(target, path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    recover_directory(target)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
     try:
         yield temporary
@@ -54,26 +58,24 @@ def writing_directory(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~umask)
         for entry in [*temporary.rglob("*"), temporary]:
             _sync(entry)
-        previous = _previous(target)
-        if target.exists():
-            target.rename(previous)
+        _require_vacant(target, path)  # rename itself refuses a folder with content, but says less
         temporary.rename(target)
         _sync(target.parent)
-        shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def recover_directory(path: str | Path) -> None:
-    """Put the older folder back if a kill fell between the two renames of `writing_directory`."""
-    target = Path(path)
-    previous = _previous(target)
-    if previous.exists():
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-        else:
-            previous.rename(target)
-
-
-def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
+def _require_vacant(target: Path, named: str | Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(errno.EEXIST, "a file stands where a folder is to be written; choose another", str(named))
+    inside = sorted(entry.name for entry in target.iterdir())
+    if inside:
+        listing = ", ".join(inside[:3]) + (f", ... ({len(inside)} entries)" if len(inside) > 3 else "")
+        raise FileExistsError(
+            errno.EEXIST,
+            f"the folder holds {listing} already, and nothing in it is overwritten; choose a new folder, or remove "
+            "this one first",
+            str(named),
+        )

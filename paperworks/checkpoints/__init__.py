@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from paperworks import atomic
 from paperworks.checkpoints.gguf import read as read_gguf
 from paperworks.checkpoints.gguf_model import load_gguf, save_gguf
 from paperworks.checkpoints.huggingface import from_transformers, huggingface_names, load_folder, save_folder
@@ -34,7 +33,6 @@ def load(path: Path, dtype: torch.dtype | None = None, keep_quantized: bool = Fa
         ValueError: for a pickle, or an architecture we do not read.
         CorruptFile: for a file that is truncated, damaged or hostile.
     """
-    atomic.recover_directory(path)
     if path.is_file():
         if path.suffix == ".gguf":
             return load_gguf(read_gguf(path), dtype, origin=str(path), keep_quantized=keep_quantized)

@@ -232,14 +232,15 @@ def export_tensors(model: DecoderModel, kind: str, fallback: str) -> Iterator[tu
     """Yield (name, tensor, type) for each tensor; rows that the type's blocks do not divide take `fallback`."""
     spec = model.spec
     architecture = str(metadata_from_spec(spec, "")["general.architecture"])
-    state = model.state_dict()
+    found = rules(architecture, spec)
     if spec.tied:
-        state.pop("unembedding.weight")
+        found = [rule for rule in found if rule.ours != ("unembedding.weight",)]
+    weights = export_weights(model, found)
     rope = spec.blocks[0].mixer.position  # type: ignore[attr-defined]
     if rope.scaling is not None:
         dim = rope.rotated(spec.blocks[0].mixer.head_size(spec.dim))  # type: ignore[attr-defined]
         yield "rope_freqs.weight", rope.unscaled(dim) / rope.frequencies(dim, spec.context or 0), "F32"
-    for name, tensor in export_weights(state, rules(architecture, spec)):
+    for name, tensor in weights:
         if tensor.dim() < 2:
             yield name, tensor.float(), "F32"
         else:

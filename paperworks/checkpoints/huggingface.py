@@ -139,7 +139,9 @@ def save_folder(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 
     """Write the model so that transformers and the serving engines read it; the folder appears whole or not at all.
 
     Raises:
-        ValueError: when no Hugging Face family expresses the spec.
+        ValueError: when no Hugging Face family expresses the spec, or the model holds tensors that the layout has no
+            place for (adapters, compressed layers).
+        FileExistsError: when the folder holds anything.
     """
     require_whole(model)
     config = config_from_spec(model.spec)
@@ -148,8 +150,9 @@ def save_folder(model: DecoderModel, folder: str | Path, max_shard_bytes: int = 
     rules = hf_names.rules(config["model_type"], model.spec)
     if _tied(model.spec):
         rules = [rule for rule in rules if not rule.ours[0].endswith("unembedding.weight")]
+    weights = export_weights(model, rules)
     with atomic.writing_directory(folder) as out:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_shards(out, export_weights(state, rules), max_bytes=max_shard_bytes)
+        write_shards(out, weights, max_bytes=max_shard_bytes)
         if model.tokenizer is not None:
             model.tokenizer.save(out)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from paperworks.adapt.delta import AdaptedLinear
+from paperworks.compress.linear import CompressedLinear
 from paperworks.errors import CorruptFile
 from paperworks.models import Seq2Seq, Stack
 from paperworks.nn.expert_parallel import Elsewhere
@@ -210,8 +212,47 @@ def _mismatches(
     return problems
 
 
-def export_weights(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
-    """Yield their tensors one by one from our state dict."""
-    for rule in rules:
-        if all(name in state for name in rule.ours):
+def repeated_names(model: nn.Module) -> set[str]:
+    """Names under which a parameter appears again: tied tables, positions that layers share."""
+    first: dict[int, str] = {}
+    named = list(model.named_parameters(remove_duplicate=False))
+    return {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
+
+
+def export_weights(model: nn.Module, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """Yield their tensors one by one from our model; every tensor of it is written, or nothing is.
+
+    Raises:
+        ValueError: before the first tensor, when the model holds tensors that the rules do not reach: adapters,
+            compressed layers, parts that the layout has no name for.
+    """
+    state = model.state_dict()
+    written = [rule for rule in rules if all(name in state for name in rule.ours)]
+    _require_all_written(model, state, {name for rule in written for name in rule.ours})
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for rule in written:
             yield rule.theirs, rule.codec.join([state[name].detach() for name in rule.ours]).contiguous()
+
+    return tensors()
+
+
+def _require_all_written(model: nn.Module, state: Mapping[str, Tensor], written: set[str]) -> None:
+    adapted = [path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    if adapted:
+        raise ValueError(
+            f"the model carries adapters ({adapted[0]} and {len(adapted) - 1} more layers), which this layout cannot "
+            "hold: merge them first (adapt.merge(model)), or write them by themselves (adapt.save, adapt.save_peft)"
+        )
+    compressed = [path for path, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    if compressed:
+        raise ValueError(
+            f"the model has compressed layers ({compressed[0]} and {len(compressed) - 1} more), which this layout "
+            "cannot hold: decode them first (compress.decompress(model)), or keep them as they are with paperworks.save"
+        )
+    left_out = sorted(set(state) - written - repeated_names(model))
+    if left_out:
+        raise ValueError(
+            f"the layout has no place for {', '.join(left_out[:4])}{' ...' if len(left_out) > 4 else ''} "
+            f"({len(left_out)} tensors of the model): nothing was written; use paperworks.save"
+        )

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from paperworks import atomic
 from paperworks.checkpoints.huggingface import read_json
-from paperworks.checkpoints.layout import Rule, build_empty, import_weights, require_depth, require_whole
+from paperworks.checkpoints.layout import (
+    Rule,
+    build_empty,
+    import_weights,
+    repeated_names,
+    require_depth,
+    require_whole,
+)
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.compress.files import describe, revive
 from paperworks.errors import CorruptFile
@@ -23,13 +29,6 @@ FORMAT = 1
 
 
 AnyModel = StackModel | Seq2SeqModel
-
-
-def repeated_names(model: nn.Module) -> set[str]:
-    """Return the names under which a parameter appears again: tied tables, positions that layers share."""
-    first: dict[int, str] = {}
-    named = list(model.named_parameters(remove_duplicate=False))
-    return {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
 
 
 def save_native(model: AnyModel, folder: str | Path, max_shard_bytes: int = 5 * 1024**3) -> None:

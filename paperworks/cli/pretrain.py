@@ -203,8 +203,10 @@ class _Pretraining:
             finished = pw.build(self.spec)
             finished.load_state_dict(state)
             finished.tokenizer = self.tokenizer
-            pw.save(finished, options.out / "model")
             place = options.out / "model"
+            if place.exists():  # of this run before it was prolonged: nothing that was saved is overwritten
+                place = options.out / f"model-{options.steps}"
+            pw.save(finished, place)
             print(f"saved to {place}; `paperworks sample {place} {json.dumps(self.prompt)}` lets it write")
 
     def _separated(self, batches: Any) -> Any:

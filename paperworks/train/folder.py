@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from paperworks import atomic
-
 _STEP = re.compile(r"step-(\d+)")
 _LEFTOVER = re.compile(r"\.step-\d+\..*\.?partial")
-_PREVIOUS = re.compile(r"\.(step-\d+)\.previous")
 
 
 class RunFolder:
@@ -38,9 +35,7 @@ class RunFolder:
         if not self.checkpoints.is_dir():
             return
         for path in list(self.checkpoints.iterdir()):
-            if match := _PREVIOUS.fullmatch(path.name):
-                atomic.recover_directory(self.checkpoints / match.group(1))
-            elif _LEFTOVER.fullmatch(path.name):
+            if _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path)
 
     def prune(self, keep: int) -> None:

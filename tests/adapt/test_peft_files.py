@@ -171,3 +171,10 @@ def test_pefts_files_work_on_our_models_by_the_table_of_names(family, tmp_path):
     wanted = theirs(TOKENS).logits
     assert (before - wanted).abs().max() > 1e-2 * wanted.abs().max()
     assert (ours(TOKENS) - wanted).abs().max() <= 2e-5 * wanted.abs().max()  # float32, another model's order of sums
+
+
+def test_a_folder_with_content_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_text("the base model")
+    with pytest.raises(FileExistsError, match=r"holds model\.safetensors already"):
+        saved(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import paperworks as pw
-from paperworks import adapt, checkpoints
+from paperworks import adapt, checkpoints, compress
 from paperworks.errors import CorruptFile
 from paperworks.models import Block, Decoder, Encoder, Seq2Seq
 from paperworks.nn import Attention, CrossAttention, GatedMLP, RelativeBuckets, RMSNorm, RoPE
@@ -62,29 +62,51 @@ def test_shards_round_trip(tmp_path):
     assert torch.equal(pw.load(tmp_path / "m")(TOKENS), before(TOKENS))
 
 
-def test_saving_again_replaces_the_folder_and_a_failure_keeps_it(tmp_path, monkeypatch):
-    pw.save(model(), tmp_path / "m")
-    first = pw.load(tmp_path / "m")(TOKENS)
-
+def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     def full_disk(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    changed = model()
-    torch.nn.init.ones_(changed.embedding.weight)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.native, "write_shards", full_disk)
         with pytest.raises(OSError, match="No space left"):
-            pw.save(changed, tmp_path / "m")
-    assert torch.equal(pw.load(tmp_path / "m")(TOKENS), first)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]  # nothing half-written is left behind
-    pw.save(changed, tmp_path / "m")
-    assert not torch.equal(pw.load(tmp_path / "m")(TOKENS), first)
+            pw.save(model(), tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+@pytest.mark.parametrize("write", [pw.save, pw.export, checkpoints.save_native, checkpoints.save_folder])
+def test_writers_of_folders_refuse_a_folder_with_content(tmp_path, write):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"holds \.git, thesis\.tex already"):
+        write(model(context=64), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "thesis.tex"]
+
+
+def test_loading_writes_nothing(tmp_path):
     pw.save(model(), tmp_path / "m")
-    (tmp_path / "m").rename(tmp_path / ".m.previous")  # what such a kill leaves behind
-    assert pw.load(tmp_path / "m").spec.dim == 16
+    (tmp_path / ".m.previous").mkdir()
+    (tmp_path / ".m.previous" / "mine").touch()
+    pw.load(tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m.previous", "m"]
+    assert (tmp_path / ".m.previous" / "mine").exists()
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "gguf"])
+def test_exports_refuse_adapters_and_compressed_layers_instead_of_leaving_them_out(tmp_path, layout):
+    target = tmp_path / ("m.gguf" if layout == "gguf" else "m")
+    adapted = adapt.apply(model(context=64), adapt.LoRA(rank=2), targets="attention")
+    with pytest.raises(ValueError, match=r"adapters .*adapt\.merge"):
+        pw.export(adapted, target, layout=layout)
+    packed = compress.apply(model(context=64), compress.Int8(), targets="feedforward")
+    with pytest.raises(ValueError, match=r"compressed layers .*compress\.decompress"):
+        pw.export(packed, target, layout=layout)
+    added = model(context=64)
+    added.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ValueError, match="no place for extra"):
+        pw.export(added, target, layout=layout)
+    assert list(tmp_path.iterdir()) == []
+    pw.export(compress.decompress(packed), target, layout=layout)
+    assert target.exists()
 
 
 def test_flipped_bits_are_noticed(tmp_path):

@@ -168,3 +168,10 @@ def test_weights_that_are_not_numbers_are_refused_in_both_directions(tmp_path):
     save_file(tensors | {"b_dec": torch.zeros(4, dtype=torch.int32)}, folder / "sae_weights.safetensors")
     with pytest.raises(CorruptFile, match=r"b_dec is torch\.int32"):
         sae.load(folder)
+
+
+def test_a_folder_with_content_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("of somebody's")
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt already"):
+        sae.save(made("standard"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
