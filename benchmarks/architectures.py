@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.measure import Row, compare
 from paperworks.checkpoints import from_transformers
 from paperworks.models import Block, Decoder, Encoder, Seq2Seq
-from paperworks.models.presets import llama, mamba, rwkv4
+from paperworks.models.presets.families import llama, mamba, rwkv4
 from paperworks.nn import Experts, GatedMLP
 from paperworks.train import next_token_loss
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import paperworks as pw
 from benchmarks.measure import Row, compare
 from paperworks import compress
-from paperworks.compress.packed import pack
-from paperworks.compress.statistics import Statistics
+from paperworks.compress.calibration.statistics import Statistics
+from paperworks.kernels.packed import pack
 
 SHAPE = (1536, 576)  # SmolLM2's feed-forward
 WIDE = (4096, 4096)

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Row, best, compare, read_bandwidth
 from benchmarks.subjects import DIM, HIDDEN, VOCAB, pair
-from paperworks.generate import Sampling, decode
-from paperworks.generate.matvec import product
+from paperworks.generation import Sampling, decode
+from paperworks.generation.matvec import product
 
 PROMPT, NEW = 32, 256
 

@@ -6,7 +6,7 @@ import transformers
 
 import paperworks as pw
 from benchmarks.measure import Row, compare
-from paperworks.data import assets
+from paperworks.data.assets import assets
 
 
 def run() -> Iterator[Row]:

@@ -19,7 +19,7 @@ WORK = {
         "peer_steps(model, [batch] * 2, False)",
     ),
     "decoding, float32, batch 1": (
-        "from paperworks.generate import Sampling, decode; model = subjects.our_model(); "
+        "from paperworks.generation import Sampling, decode; model = subjects.our_model(); "
         "list(decode(model, torch.ones(1, 32).long(), max_new_tokens=64, sampling=Sampling(temperature=0.0)))",
         "model = subjects.peer_model(); model.generate(torch.ones(1, 32).long(), max_new_tokens=64, do_sample=False)",
     ),

@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from paperworks.checkpoints import from_transformers
-from paperworks.models.presets import llama
+from paperworks.models.presets.families import llama
 
 DIM, DEPTH, HEADS, HIDDEN, VOCAB = 512, 8, 8, 1376, 8192
 

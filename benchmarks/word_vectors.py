@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.measure import Row, compare
 from paperworks import train
-from paperworks.data.relations import RelationCorpus, question_ids
-from paperworks.data.word_contexts import WordContexts, WordVocabulary
-from paperworks.models.word_vectors import WordVectors, analogy_accuracy, word_vector_loss
+from paperworks.data.text.word_contexts import WordContexts, WordVocabulary
+from paperworks.models.classic.word_vectors import WordVectors, analogy_accuracy, word_vector_loss
+from paperworks.testbeds.relations import RelationCorpus, question_ids
 
 DIM, WINDOW, NEGATIVES, EPOCHS, RATE = 100, 5, 5, 6, 0.025
 CORPUS = RelationCorpus(topic=60, usage=200, common=200, length=20, sentences=15_000)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from paperworks import checkpoints
-from paperworks.errors import unknown
-from paperworks.generate import generate
+from paperworks.core.errors import unknown
+from paperworks.generation import generate
 from paperworks.models import (
     Decoder,
     DecoderModel,
@@ -19,8 +19,8 @@ from paperworks.models import (
     Seq2SeqModel,
     count_parameters,
     preset,
-    presets,
 )
+from paperworks.models.presets.families import presets
 
 __all__ = ["build", "chat", "count_parameters", "export", "generate", "load", "preset", "presets", "save"]
 
@@ -63,7 +63,7 @@ def load(
 
 
 def _locate(name: str) -> Path:
-    from paperworks.data import assets
+    from paperworks.data.assets import assets
 
     path = Path(name).expanduser()
     if name in assets.names():
@@ -80,7 +80,7 @@ def _locate(name: str) -> Path:
 
 
 def _tokenizer(path: Path) -> Any:
-    from paperworks.data.tokenizers import Tokenizer
+    from paperworks.data.tokenizers.tokenizer import Tokenizer
 
     if path.suffix == ".gguf":
         metadata = checkpoints.read_gguf(path).metadata
@@ -109,7 +109,7 @@ def chat(model: nn.Module, messages: Sequence[Mapping[str, str]], **settings: An
 
 def chat_prompt(model: nn.Module, messages: Sequence[Mapping[str, str]]) -> str:
     """Write a conversation as the text that the model was trained to continue with its answer."""
-    from paperworks.data.chat import render
+    from paperworks.data.chat.template import render
 
     tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer is None or not tokenizer.chat_template:
@@ -149,7 +149,7 @@ def export(
     if layout == "huggingface":
         checkpoints.save_folder(model, path)
     elif layout == "gguf":
-        from paperworks.data.tokenizers import Tokenizer
+        from paperworks.data.tokenizers.tokenizer import Tokenizer
 
         tokenizer = model.tokenizer
         metadata = tokenizer.gguf_metadata() if isinstance(tokenizer, Tokenizer) else {}

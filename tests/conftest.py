@@ -19,7 +19,7 @@ def _seeded():
 def smollm2():
     """The real SmolLM2-135M-Instruct; the tests that take it are skipped where the file cannot be had."""
     import paperworks as pw
-    from paperworks.errors import AssetUnavailable
+    from paperworks.core.errors import AssetUnavailable
 
     try:
         return pw.load("smollm2")

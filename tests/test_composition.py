@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from paperworks import adapt, compress
 from paperworks.checkpoints import from_transformers
 from paperworks.compress import files
-from paperworks.nn.linear import weight_of
+from paperworks.core.linear import weight_of
 
 TOKENS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))
 DATA = [torch.randint(1, 97, (4, 16), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]

@@ -8,7 +8,6 @@ from paperworks.adapt.lora import LoRA
 from paperworks.adapt.merging import merge, merge_error
 from paperworks.adapt.mora import MoRA, remora
 from paperworks.adapt.peft_files import load_peft, save_peft
-from paperworks.adapt.subspaces import subspace_similarity
 
 __all__ = [
     "DID",
@@ -31,7 +30,6 @@ __all__ = [
     "remove",
     "save",
     "save_peft",
-    "subspace_similarity",
     "trainable_parameters",
     "use",
 ]

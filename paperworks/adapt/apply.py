@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta, check_name
-from paperworks.errors import unknown
-from paperworks.nn.linear import features, is_linear_like
-from paperworks.nn.selection import Targets, replace_module, select
+from paperworks.core.errors import unknown
+from paperworks.core.linear import features, is_linear_like
+from paperworks.core.selection import Targets, replace_module, select
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -7,8 +7,8 @@ from typing import Self
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.nn.linear import bias_of, features, weight_of
-from paperworks.nn.spec import Spec
+from paperworks.core.linear import bias_of, features, weight_of
+from paperworks.core.spec import Spec
 
 
 class Delta(nn.Module):

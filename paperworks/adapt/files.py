@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paperworks import atomic
 from paperworks.adapt.apply import attach, names, some
 from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta
-from paperworks.errors import CorruptFile, unknown
-from paperworks.nn.linear import features, is_linear_like
+from paperworks.core import atomic
+from paperworks.core.errors import CorruptFile, unknown
+from paperworks.core.linear import features, is_linear_like
 
 VERSION = 2
 _KEY = "paperworks.adapter"

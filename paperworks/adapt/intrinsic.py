@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paperworks.adapt.delta import Adapter, Delta
-from paperworks.nn.hadamard import transform
+from paperworks.kernels.hadamard import transform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from paperworks.adapt.apply import drop, in_use, some
 from paperworks.adapt.delta import AdaptedLinear
-from paperworks.nn.linear import weight_of, write_weight
+from paperworks.core.linear import weight_of, write_weight
 
 
 @torch.no_grad()

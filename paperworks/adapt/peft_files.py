@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paperworks import atomic
 from paperworks.adapt.apply import attach, some
 from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta
 from paperworks.adapt.files import read_tensors, the_only
 from paperworks.adapt.lora import LoRA, LowRankDelta
-from paperworks.errors import CorruptFile
-from paperworks.nn.linear import features, is_linear_like, is_transposed
+from paperworks.core import atomic
+from paperworks.core.errors import CorruptFile
+from paperworks.core.linear import features, is_linear_like, is_transposed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Rename = Callable[[str], str | Sequence[str]] | Mapping[str, str | Sequence[str]] | None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from paperworks.checkpoints.gguf import read, write
-from paperworks.errors import CorruptFile
+from paperworks.checkpoints.gguf.reader import read, write
+from paperworks.core.errors import CorruptFile
 from paperworks.interpret import ControlVector
 
 ARCHITECTURE = "controlvector"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from paperworks.errors import unknown
+from paperworks.core.errors import unknown
 
 OURS = {
     "gelu": "gelu",

@@ -8,7 +8,7 @@ from typing import Any
 from paperworks.checkpoints import hf_bert, hf_bloom, hf_gpt, hf_recurrent, hf_t5
 from paperworks.checkpoints.hf_activations import read_activation
 from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
-from paperworks.errors import CorruptFile, unknown
+from paperworks.core.errors import CorruptFile, unknown
 from paperworks.models import Block, Decoder, Seq2Seq, Stack
 from paperworks.nn import (
     Attention,

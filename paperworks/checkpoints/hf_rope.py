@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from paperworks.errors import unknown
+from paperworks.core.errors import unknown
 from paperworks.nn import (
     DynamicNTKScaling,
     LinearScaling,

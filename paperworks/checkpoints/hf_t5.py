@@ -8,7 +8,7 @@ from typing import Any
 
 from paperworks.checkpoints.layout import Rule
 from paperworks.models import Seq2Seq
-from paperworks.models.t5 import switch, t5
+from paperworks.models.presets.t5 import switch, t5
 from paperworks.nn import MLP, Attention, Experts, GatedMLP, RelativeBuckets, TopKRouter
 
 Config = Mapping[str, Any]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paperworks import atomic
 from paperworks.checkpoints import hf_names
 from paperworks.checkpoints.hf_config import FAMILIES, config_from_spec, spec_from_config
 from paperworks.checkpoints.layout import (
@@ -22,7 +21,8 @@ from paperworks.checkpoints.layout import (
     require_whole,
 )
 from paperworks.checkpoints.safetensors import open_store, write_shards
-from paperworks.errors import CorruptFile, unknown
+from paperworks.core import atomic
+from paperworks.core.errors import CorruptFile, unknown
 from paperworks.models import DecoderModel, Encoder, Seq2Seq
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from paperworks.adapt.delta import AdaptedLinear
 from paperworks.compress.linear import CompressedLinear
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
+from paperworks.core.processes import paths_kept_apart
 from paperworks.models import Seq2Seq, Stack
-from paperworks.nn.expert_parallel import Elsewhere
-from paperworks.nn.processes import paths_kept_apart
+from paperworks.nn.feedforward.experts.parallel import Elsewhere
 
 
 class TensorSource(Protocol):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from paperworks import atomic
 from paperworks.checkpoints.huggingface import read_json
 from paperworks.checkpoints.layout import (
     Rule,
@@ -21,7 +20,8 @@ from paperworks.checkpoints.layout import (
 )
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.compress.files import describe, revive
-from paperworks.errors import CorruptFile
+from paperworks.core import atomic
+from paperworks.core.errors import CorruptFile
 from paperworks.models import Seq2Seq, Seq2SeqModel, Stack, StackModel
 from paperworks.nn import Spec
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from paperworks.errors import CorruptFile, unknown
+from paperworks.core.errors import CorruptFile, unknown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKSUMS = "paperworks.checksums"

@@ -16,7 +16,7 @@ from paperworks.cli.pages import render
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paperworks.interpret.sae.dashboard import FeatureView
+    from paperworks.interpret.sae.evaluation.dashboard import FeatureView
 
 LENGTH, BATCH = 128, 8  # tokens of a sequence, sequences at a time
 
@@ -45,9 +45,9 @@ class Options:
 
 def main(arguments: list[str]) -> int:
     """Write the page."""
-    from paperworks import atomic
+    from paperworks.core import atomic
     from paperworks.interpret import sae
-    from paperworks.interpret.sae.dashboard import feature_views
+    from paperworks.interpret.sae.evaluation.dashboard import feature_views
 
     options = parse(Options, "features", arguments)
     tap = options.tap or sae.noted_tap(options.sae)
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
 def _batches(tokenizer: Any, options: Options) -> list[Tensor]:
     import torch
 
-    from paperworks.data.text import PYTHON_DOCS, load_text
+    from paperworks.data.text.texts import PYTHON_DOCS, load_text
 
     text = load_text(PYTHON_DOCS).text if options.text is None else options.text.read_text(encoding="utf-8")
     ids = tokenizer.encode(text[: 12 * options.tokens], bos=False)[: options.tokens]

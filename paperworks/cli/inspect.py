@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> int:
 def _write_page(name: str, model: Any, text: str, out: Path) -> Path:
     import torch
 
-    from paperworks import atomic
     from paperworks.cli.prompt_page import MOST_TOKENS, page
-    from paperworks.interpret.prompt_view import prompt_view
+    from paperworks.core import atomic
+    from paperworks.interpret.lenses.prompt_view import prompt_view
 
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so a text cannot be read; use interpret.prompt_view with tokens")

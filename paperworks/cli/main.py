@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from paperworks.errors import AssetUnavailable, CorruptFile, unknown
+from paperworks.core.errors import AssetUnavailable, CorruptFile, unknown
 
 # Name: (module with `main(arguments) -> exit code`, one line of help).
 COMMANDS = {

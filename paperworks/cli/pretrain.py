@@ -13,8 +13,8 @@ import tyro
 from paperworks.cli.options import parse
 
 if TYPE_CHECKING:
-    from paperworks.data.corpus import Corpus
-    from paperworks.data.tokenizers import Tokenizer
+    from paperworks.data.text.corpus import Corpus
+    from paperworks.data.tokenizers.tokenizer import Tokenizer
     from paperworks.models import Decoder
 
 SAMPLE_TOKENS = 80
@@ -81,7 +81,7 @@ class Options:
 def main(arguments: list[str]) -> int:
     """Train, evaluate, sample and save."""
     options = parse(Options, "pretrain", arguments)
-    from paperworks.data.corpus import fitting_tokenizer, read_corpus
+    from paperworks.data.text.corpus import fitting_tokenizer, read_corpus
 
     finished = options.out / "model"
     if finished.exists():
@@ -98,7 +98,8 @@ def read_spec(name: str) -> Decoder:
 
     Raises ValueError that names what is wrong with it.
     """
-    from paperworks.models import Decoder, preset, presets
+    from paperworks.models import Decoder, preset
+    from paperworks.models.presets.families import presets
 
     path = Path(name).expanduser()
     if name in presets() or not path.suffix:
@@ -130,7 +131,7 @@ def fitted_spec(spec: Decoder, tokenizer: Tokenizer, length: int) -> Decoder:
 
 def _kept_tokenizer(options: Options) -> Tokenizer | None:
     """Return the tokenizer of the run that is gone on with, if there is one: training it again could change it."""
-    from paperworks.data.tokenizers import Tokenizer
+    from paperworks.data.tokenizers.tokenizer import Tokenizer
 
     folder = options.out / "tokenizer"
     return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
@@ -159,8 +160,8 @@ class _Pretraining:
         """Train and save."""
         import paperworks as pw
         from paperworks import train
-        from paperworks.data.windows import RandomWindows
-        from paperworks.train import distribution
+        from paperworks.data.text.windows import RandomWindows
+        from paperworks.train.distributed import distribution
 
         options = self.options
         batches: Any = RandomWindows(
@@ -210,7 +211,7 @@ class _Pretraining:
             print(f"saved to {place}; `paperworks sample {place} {json.dumps(self.prompt)}` lets it write")
 
     def _separated(self, batches: Any) -> Any:
-        from paperworks.data.corpus import Separated
+        from paperworks.data.text.corpus import Separated
 
         if not self.options.separate:
             return batches
@@ -235,7 +236,7 @@ class _Pretraining:
         import math
 
         from paperworks import train
-        from paperworks.data.windows import ordered_windows
+        from paperworks.data.text.windows import ordered_windows
 
         length = min(self.options.length, len(self.held_out) - 1)
         most = max(1, EVALUATION_TOKENS // length)
@@ -256,7 +257,7 @@ class _Pretraining:
         """Show what the model writes."""
         import torch
 
-        from paperworks.generate import Sampling, decode
+        from paperworks.generation import Sampling, decode
 
         ids = self.tokenizer.encode(self.prompt, special=False)[-length:]
         room = SAMPLE_TOKENS if self.spec.context is None else min(SAMPLE_TOKENS, self.spec.context - len(ids))

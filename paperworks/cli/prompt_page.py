@@ -11,7 +11,7 @@ from paperworks.cli.pages import render
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paperworks.interpret.prompt_view import PromptView
+    from paperworks.interpret.lenses.prompt_view import PromptView
 
 MOST_TOKENS = 160  # attention alone takes heads x blocks x tokens^2 bytes: 7 MB here for SmolLM2
 

@@ -103,9 +103,9 @@ def main(arguments: list[str]) -> int:
 
 def _grouped(format: WeightFormat, model: Any, options: Options) -> WeightFormat:
     """Give grids along rows the group that was asked for, or the largest usual one that divides every row."""
-    from paperworks.compress.uniform import Uniform
-    from paperworks.nn.linear import features
-    from paperworks.nn.selection import select_linears
+    from paperworks.compress.formats.uniform import Uniform
+    from paperworks.core.linear import features
+    from paperworks.core.selection import select_linears
 
     if options.group == 0:
         if not isinstance(format, Uniform):

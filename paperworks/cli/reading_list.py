@@ -8,7 +8,7 @@ import json
 from collections import Counter
 
 from paperworks.cli.recorded import STATUSES, Recorded, recorded
-from paperworks.errors import unknown
+from paperworks.core.errors import unknown
 from paperworks.lab.results import results_folder
 from paperworks.papers import Entry, index
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
 from paperworks.lab.results import Result, load_result
 from paperworks.papers import Entry
 

@@ -2,32 +2,32 @@
 
 from paperworks.compress.account import LayerReport, Report, report
 from paperworks.compress.apply import apply, decompress
-from paperworks.compress.aqlm import AQLM
-from paperworks.compress.awq import AWQ
-from paperworks.compress.calibration import Calibration
-from paperworks.compress.effort import Effort, at_effort
+from paperworks.compress.calibration.calibration import Calibration
+from paperworks.compress.calibration.statistics import Statistics
+from paperworks.compress.calibration.tuning import tune_block
 from paperworks.compress.error import LayerError
 from paperworks.compress.files import load, save
 from paperworks.compress.format import WeightFormat
-from paperworks.compress.fourbit import FP4, NF4, Int4
-from paperworks.compress.fp8 import FP8
-from paperworks.compress.ggml_format import GGML
-from paperworks.compress.gptq import GPTQ
-from paperworks.compress.kbit import KBit
-from paperworks.compress.kmeans_vq import KMeansVQ
+from paperworks.compress.formats.aqlm import AQLM
+from paperworks.compress.formats.awq import AWQ
+from paperworks.compress.formats.fourbit import FP4, NF4, Int4
+from paperworks.compress.formats.fp8 import FP8
+from paperworks.compress.formats.gptq import GPTQ
+from paperworks.compress.formats.kbit import KBit
+from paperworks.compress.formats.kmeans_vq import KMeansVQ
+from paperworks.compress.formats.llm_int8 import LLMInt8
+from paperworks.compress.formats.pv_tuning import PVTuning, tunable
+from paperworks.compress.formats.quip import QuIP
+from paperworks.compress.formats.quip_sharp import QuIPSharp
+from paperworks.compress.formats.smoothquant import SmoothQuant
+from paperworks.compress.formats.ternary import Ternary
+from paperworks.compress.formats.uniform import Int8, Uniform
+from paperworks.compress.ggml.format import GGML
 from paperworks.compress.linear import CompressedLinear
-from paperworks.compress.llm_int8 import LLMInt8
 from paperworks.compress.named import named
-from paperworks.compress.pv_tuning import PVTuning, tunable
-from paperworks.compress.quip import QuIP
-from paperworks.compress.quip_sharp import QuIPSharp
-from paperworks.compress.smoothquant import SmoothQuant
-from paperworks.compress.sparse import Magnitude, Sparse, Wanda
-from paperworks.compress.sparsegpt import SparseGPT
-from paperworks.compress.statistics import Statistics
-from paperworks.compress.ternary import Ternary
-from paperworks.compress.tuning import tune_block
-from paperworks.compress.uniform import Int8, Uniform
+from paperworks.compress.pruning.effort import Effort, at_effort
+from paperworks.compress.pruning.sparse import Magnitude, Sparse, Wanda
+from paperworks.compress.pruning.sparsegpt import SparseGPT
 
 __all__ = [
     "AQLM",

@@ -8,7 +8,7 @@ from torch import nn
 
 from paperworks.compress.error import LayerError
 from paperworks.compress.linear import CompressedLinear
-from paperworks.nn.linear import is_linear_like, weight_of
+from paperworks.core.linear import is_linear_like, weight_of
 
 
 @dataclass(frozen=True)

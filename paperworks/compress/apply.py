@@ -7,14 +7,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from paperworks.compress.calibration import Batch, Calibration, stages
+from paperworks.compress.calibration.calibration import Batch, Calibration, stages
+from paperworks.compress.calibration.resume import Progress
+from paperworks.compress.calibration.statistics import Statistics
 from paperworks.compress.error import LayerError
 from paperworks.compress.format import WeightFormat
 from paperworks.compress.linear import CompressedLinear
-from paperworks.compress.resume import Progress
-from paperworks.compress.statistics import Statistics
-from paperworks.nn.linear import bias_of, weight_of
-from paperworks.nn.selection import Targets, replace_module, select_linears
+from paperworks.core.linear import bias_of, weight_of
+from paperworks.core.selection import Targets, replace_module, select_linears
 
 Watcher = Callable[[str, int, int], None]
 Model = TypeVar("Model", bound=nn.Module)

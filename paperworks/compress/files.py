@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paperworks import atomic
 from paperworks.compress.error import LayerError
 from paperworks.compress.format import WeightFormat
 from paperworks.compress.linear import CompressedLinear
-from paperworks.errors import CorruptFile
-from paperworks.nn.linear import bias_of, features, is_linear_like, weight_of
-from paperworks.nn.selection import replace_module
+from paperworks.core import atomic
+from paperworks.core.errors import CorruptFile
+from paperworks.core.linear import bias_of, features, is_linear_like, weight_of
+from paperworks.core.selection import replace_module
 
 HEADER = "paperworks.compressed"
 

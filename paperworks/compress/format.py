@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from paperworks.compress.packed import Grids
-from paperworks.compress.statistics import Statistics
-from paperworks.nn.spec import Spec
+from paperworks.compress.calibration.statistics import Statistics
+from paperworks.core.spec import Spec
+from paperworks.kernels.packed import Grids
 
 Stored = dict[str, Tensor]
 

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.compress.calibration.statistics import Statistics
 from paperworks.compress.error import LayerError
 from paperworks.compress.format import Stored, WeightFormat
-from paperworks.compress.statistics import Statistics
 
 
 class CompressedLinear(nn.Module):

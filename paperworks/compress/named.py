@@ -2,22 +2,22 @@
 
 import dataclasses
 
-from paperworks.compress.aqlm import AQLM
-from paperworks.compress.awq import AWQ
 from paperworks.compress.format import WeightFormat
-from paperworks.compress.fourbit import FP4, NF4
-from paperworks.compress.fp8 import FP8
-from paperworks.compress.ggml_format import GGML, K_FALLBACKS
-from paperworks.compress.gptq import GPTQ
-from paperworks.compress.llm_int8 import LLMInt8
-from paperworks.compress.quip import QuIP
-from paperworks.compress.quip_sharp import QuIPSharp
-from paperworks.compress.smoothquant import SmoothQuant
-from paperworks.compress.sparse import Magnitude, Wanda
-from paperworks.compress.sparsegpt import SparseGPT
-from paperworks.compress.ternary import Ternary
-from paperworks.compress.uniform import Int8, Uniform
-from paperworks.errors import unknown
+from paperworks.compress.formats.aqlm import AQLM
+from paperworks.compress.formats.awq import AWQ
+from paperworks.compress.formats.fourbit import FP4, NF4
+from paperworks.compress.formats.fp8 import FP8
+from paperworks.compress.formats.gptq import GPTQ
+from paperworks.compress.formats.llm_int8 import LLMInt8
+from paperworks.compress.formats.quip import QuIP
+from paperworks.compress.formats.quip_sharp import QuIPSharp
+from paperworks.compress.formats.smoothquant import SmoothQuant
+from paperworks.compress.formats.ternary import Ternary
+from paperworks.compress.formats.uniform import Int8, Uniform
+from paperworks.compress.ggml.format import GGML, K_FALLBACKS
+from paperworks.compress.pruning.sparse import Magnitude, Wanda
+from paperworks.compress.pruning.sparsegpt import SparseGPT
+from paperworks.core.errors import unknown
 
 NAMED: dict[str, type[WeightFormat]] = {
     "rtn": Uniform,

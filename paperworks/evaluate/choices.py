@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.errors import unknown
+from paperworks.core.errors import unknown
 
 Rule = Literal["sum", "mean", "unconditional"]
 

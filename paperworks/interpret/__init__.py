@@ -5,15 +5,10 @@ Families of tools are modules of their own: `interpret.sae` (sparse autoencoders
 `separation`, `defection`.
 """
 
-from paperworks.interpret.acdc import Circuit, acdc
-from paperworks.interpret.attribution_patching import attribute_edges, attribute_nodes
-from paperworks.interpret.board_probes import BoardProbe, fit_board
-from paperworks.interpret.contrast import add_at_end, contrast_vectors
-from paperworks.interpret.edges import EdgeGraph
-from paperworks.interpret.folding import centre_unembedding, centre_writes, fold_norms, fold_value_biases
-from paperworks.interpret.logit_lens import LogitAttribution, direct_logit_attribution, logit_lens
-from paperworks.interpret.lorra import Lorra, LorraBatch, lorra_loss
-from paperworks.interpret.patching import (
+from paperworks.interpret.circuits.acdc import Circuit, acdc
+from paperworks.interpret.circuits.attribution_patching import attribute_edges, attribute_nodes
+from paperworks.interpret.circuits.edges import EdgeGraph
+from paperworks.interpret.circuits.patching import (
     Patching,
     Site,
     aligned,
@@ -22,12 +17,15 @@ from paperworks.interpret.patching import (
     kl_divergence,
     logit_difference,
 )
-from paperworks.interpret.probes import Probe, lda, logistic, mass_mean, random_probe
-from paperworks.interpret.prompt_view import PromptView, prompt_view
-from paperworks.interpret.ranking import fit_ranking
-from paperworks.interpret.representation_reading import concept_prompt, lat, scan
+from paperworks.interpret.lenses.logit_lens import LogitAttribution, direct_logit_attribution, logit_lens
+from paperworks.interpret.lenses.prompt_view import PromptView, prompt_view
+from paperworks.interpret.probing.board_probes import BoardProbe, fit_board
+from paperworks.interpret.probing.probes import Probe, lda, logistic, mass_mean, random_probe
+from paperworks.interpret.probing.representation_reading import concept_prompt, lat, scan
+from paperworks.interpret.probing.truth import TTPD, ttpd
 from paperworks.interpret.residual import Decomposition, ResidualStream, decompose, residual_stream
-from paperworks.interpret.steering import (
+from paperworks.interpret.steering.lorra import Lorra, LorraBatch, lorra_loss
+from paperworks.interpret.steering.vectors import (
     ControlVector,
     control_vector,
     last_token_activations,
@@ -35,16 +33,14 @@ from paperworks.interpret.steering import (
     pca_difference,
     random_vector,
 )
-from paperworks.interpret.steering_damage import Damage, SteeringDamage, damage
 from paperworks.interpret.taps import Recording, edit, record
-from paperworks.interpret.truth import TTPD, ttpd
+from paperworks.interpret.weights.folding import centre_unembedding, centre_writes, fold_norms, fold_value_biases
 
 __all__ = [
     "TTPD",
     "BoardProbe",
     "Circuit",
     "ControlVector",
-    "Damage",
     "Decomposition",
     "EdgeGraph",
     "LogitAttribution",
@@ -56,9 +52,7 @@ __all__ = [
     "Recording",
     "ResidualStream",
     "Site",
-    "SteeringDamage",
     "acdc",
-    "add_at_end",
     "aligned",
     "answer_probability",
     "attribute_edges",
@@ -66,14 +60,11 @@ __all__ = [
     "centre_unembedding",
     "centre_writes",
     "concept_prompt",
-    "contrast_vectors",
     "control_vector",
-    "damage",
     "decompose",
     "direct_logit_attribution",
     "edit",
     "fit_board",
-    "fit_ranking",
     "fold_norms",
     "fold_value_biases",
     "gaussian_corruption",

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from paperworks.core.linear import bias_of, weight_of
 from paperworks.interpret.taps import record
-from paperworks.nn.linear import bias_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Decomposition:
     def __getitem__(self, name: str) -> Float[Tensor, "batch time dim"]:
         """Return one part by name."""
         if name not in self.names:
-            from paperworks.errors import unknown
+            from paperworks.core.errors import unknown
 
             raise KeyError(unknown("part of the residual stream", name, self.names))
         return self.parts[self.names.index(name)]

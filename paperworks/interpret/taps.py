@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paperworks.nn.selection import Targets, select
+from paperworks.core.selection import Targets, select
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -20,7 +20,7 @@ class Recording(dict[str, Tensor]):
         self.all: dict[str, list[Tensor]] = {}
 
     def __missing__(self, path: str) -> Tensor:
-        from paperworks.errors import unknown
+        from paperworks.core.errors import unknown
 
         raise KeyError(unknown("recorded path (did a forward pass run inside the context?)", path, self.keys()))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from paperworks.errors import unknown
+from paperworks.core.errors import unknown
 from paperworks.lab.values import Value, plain_values
 
 if TYPE_CHECKING:

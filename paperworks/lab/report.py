@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from paperworks import atomic
+from paperworks.core import atomic
 from paperworks.lab import figures
 from paperworks.lab.paper import Paper
 from paperworks.lab.progress import duration

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paperworks import atomic
-from paperworks.errors import CorruptFile
+from paperworks.core import atomic
+from paperworks.core.errors import CorruptFile
 from paperworks.lab.values import Value
 
 SCALES = ("smoke", "small", "large")

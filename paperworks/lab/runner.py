@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from paperworks.errors import AssetUnavailable, unknown
+from paperworks.core.errors import AssetUnavailable, unknown
 from paperworks.lab.environment import describe_environment
 from paperworks.lab.paper import Claim, Paper, Verdict
 from paperworks.lab.progress import Board

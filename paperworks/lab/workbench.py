@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from paperworks.errors import unknown
+from paperworks.core.errors import unknown
 from paperworks.lab import figures
 from paperworks.lab.paper import Verdict
 from paperworks.lab.progress import Board

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from paperworks.models.backbone import Stack
 from paperworks.models.seq2seq import Seq2Seq
-from paperworks.models.stack import Stack
 
 
 def count_parameters(model: Stack | Seq2Seq | nn.Module, *, embedding: bool = True) -> int:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from paperworks.models.stack import Stack, StackModel
+from paperworks.models.backbone import Stack, StackModel
 from paperworks.nn import Cache, LinearKind, open_stream
 
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from paperworks.errors import unknown
-from paperworks.models.stack import Stack, StackModel
+from paperworks.core.errors import unknown
+from paperworks.models.backbone import Stack, StackModel
 from paperworks.nn import Norm, Stream, open_stream
-from paperworks.nn.feedforward import ACTIVATIONS, Activation
+from paperworks.nn.feedforward.mlp import ACTIVATIONS, Activation
 
 Pooling = Literal["first", "mean", "max", "last"]
 

@@ -1,23 +1,27 @@
 """Parts of networks, each a spec that builds a module: attention, positions, norms, feed-forward."""
 
-from paperworks.nn.absolute import AbsolutePositions, LearnedPositions, PairedPositions, SinusoidalPositions
-from paperworks.nn.attention import Attention
-from paperworks.nn.cross_attention import CrossAttention
-from paperworks.nn.expert_parallel import ParallelExperts
-from paperworks.nn.experts import Experts
-from paperworks.nn.feedforward import MLP, Feedforward, GatedMLP
-from paperworks.nn.fixed_context import FixedContext
-from paperworks.nn.grconv import GRConv
+from paperworks.core.selection import select, select_linears
+from paperworks.core.spec import Spec
+from paperworks.nn.attention.attention import Attention
+from paperworks.nn.attention.cross import CrossAttention
+from paperworks.nn.attention.memory_efficient import memory_efficient_attention
+from paperworks.nn.attention.reference.tree import TreeAttention
+from paperworks.nn.convolution.gated_recursive import GRConv
+from paperworks.nn.convolution.short import ShortConvolution
+from paperworks.nn.feedforward.experts.local import LocalExperts
+from paperworks.nn.feedforward.experts.mixture import Experts
+from paperworks.nn.feedforward.experts.parallel import ParallelExperts
+from paperworks.nn.feedforward.experts.routers import NoisyTopKRouter, Router, TopKRouter
+from paperworks.nn.feedforward.maxout import Maxout
+from paperworks.nn.feedforward.mlp import MLP, Feedforward, GatedMLP
 from paperworks.nn.identity_norm import NoNorm
-from paperworks.nn.local_experts import LocalExperts
-from paperworks.nn.mamba import Mamba
-from paperworks.nn.maxout import Maxout
-from paperworks.nn.memory_efficient import memory_efficient_attention
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.mixture_density import StrokeDensity, StrokeMixture
-from paperworks.nn.mlgru import MLGRU
 from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
-from paperworks.nn.position import (
+from paperworks.nn.placement import Cache, MixerCache, Stream, open_stream
+from paperworks.nn.position.absolute import AbsolutePositions, LearnedPositions, PairedPositions, SinusoidalPositions
+from paperworks.nn.position.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
+from paperworks.nn.position.rotary import (
     DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
@@ -27,20 +31,16 @@ from paperworks.nn.position import (
     RoPEScaling,
     YaRNScaling,
 )
-from paperworks.nn.recurrent import GRU, LSTM, Elman
-from paperworks.nn.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
-from paperworks.nn.routers import NoisyTopKRouter, Router, TopKRouter
-from paperworks.nn.rwkv import RWKV, RWKVChannelMix
-from paperworks.nn.s4 import S4
-from paperworks.nn.selection import select, select_linears
-from paperworks.nn.short_convolution import ShortConvolution
-from paperworks.nn.spec import Spec
-from paperworks.nn.stream import Cache, MixerCache, Stream, open_stream
+from paperworks.nn.recurrent.classic import GRU, LSTM, Elman
+from paperworks.nn.recurrent.fixed_context import FixedContext
+from paperworks.nn.recurrent.mamba import Mamba
+from paperworks.nn.recurrent.mlgru import MLGRU
+from paperworks.nn.recurrent.rwkv import RWKV, RWKVChannelMix
+from paperworks.nn.recurrent.s4 import S4
+from paperworks.nn.recurrent.ttt import TTT
+from paperworks.nn.recurrent.xlstm import MLSTM, SLSTM
 from paperworks.nn.tap import Tap
 from paperworks.nn.ternary import BitLinear, LinearKind
-from paperworks.nn.tree_attention import TreeAttention
-from paperworks.nn.ttt import TTT
-from paperworks.nn.xlstm import MLSTM, SLSTM
 
 __all__ = [
     "GRU",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from paperworks.nn.spec import Spec
+from paperworks.core.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)

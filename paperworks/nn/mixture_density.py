@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.nn.spec import Spec
+from paperworks.core.spec import Spec
 
 # tanh(8) is the last correlation but a few that float32 tells from 1; beyond it 1 - rho^2 would be rounding alone.
 MOST_CORRELATED = 8.0

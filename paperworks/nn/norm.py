@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.nn.spec import Spec
+from paperworks.core.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.nn.selection import replace_module
-from paperworks.nn.spec import Spec
+from paperworks.core.selection import replace_module
+from paperworks.core.spec import Spec
 
 SMALLEST = 1e-5  # what scales are clamped at, as in the reference
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paperworks.errors import unknown
+from paperworks.core.errors import unknown
 
 if TYPE_CHECKING:
     from paperworks.lab import Paper
@@ -49,7 +49,9 @@ def index(folder: Path | None = None) -> list[Entry]:
     Raises ValueError for a file without a readable `paper = Paper(...)`, or two papers with one key.
     """
     root = folder or Path(__file__).parent
-    files = sorted(path for path in root.glob("*/*.py") if not path.name.startswith("_"))
+    files = sorted(
+        [path for path in root.glob("*/*.py") if not path.name.startswith("_")] + [*root.glob("*/*/paper.py")]
+    )
     entries = sorted((_read(path) for path in files), key=lambda entry: (entry.family, entry.year, entry.key))
     seen: dict[str, Entry] = {}
     for entry in entries:
@@ -77,7 +79,7 @@ def load(key: str) -> Paper:
 def _read(path: Path) -> Entry:
     content = path.read_bytes()
     text = content.decode("utf-8")
-    module = f"{__name__}.{path.parent.name}.{path.stem}"
+    module = ".".join((__name__, *path.relative_to(Path(__file__).parent).with_suffix("").parts))
     values = _literal_values(text, module)
     decorators = _CLAIM.findall(text)
     positions = [int(first or second) for body in decorators for first, second in _TOUR.findall(body)]

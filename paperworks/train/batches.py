@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from paperworks.train import randomness
+from paperworks.train.runs import randomness
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 

@@ -9,19 +9,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from paperworks.nn.processes import tensors_kept_apart
-from paperworks.train import distribution, evaluation, optimizers, randomness, sharding
+from paperworks.core.processes import tensors_kept_apart
+from paperworks.train import evaluation
 from paperworks.train.batches import Batches, Source
-from paperworks.train.folder import RunFolder
-from paperworks.train.interrupt import Interrupted, Wish, listening
-from paperworks.train.metrics import Callback, Log
+from paperworks.train.distributed import distribution, sharding
 from paperworks.train.modes import evaluating, training
 from paperworks.train.objective import Loss
-from paperworks.train.optimizers import MakeOptimizer
-from paperworks.train.progress import Bar
-from paperworks.train.report import Report
+from paperworks.train.optim import optimizers
+from paperworks.train.optim.optimizers import MakeOptimizer
+from paperworks.train.runs import randomness
+from paperworks.train.runs.folder import RunFolder
+from paperworks.train.runs.interrupt import Interrupted, Wish, listening
+from paperworks.train.runs.metrics import Callback, Log
+from paperworks.train.runs.progress import Bar
+from paperworks.train.runs.report import Report
+from paperworks.train.runs.state import State
 from paperworks.train.settings import Settings
-from paperworks.train.state import State
 from paperworks.train.step import Diverged, Stepper, Taken
 
 # However seldom it is logged, a run looks at its losses this often: an unsound step is found soon, and on a GPU the

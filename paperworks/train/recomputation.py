@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from paperworks.nn.selection import Targets, select
+from paperworks.core.selection import Targets, select
 
 Model = TypeVar("Model", bound=nn.Module)
 

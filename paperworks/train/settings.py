@@ -6,9 +6,9 @@ import zlib
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from paperworks.errors import unknown
-from paperworks.train import schedules
-from paperworks.train.schedules import Schedule
+from paperworks.core.errors import unknown
+from paperworks.train.optim import schedules
+from paperworks.train.optim.schedules import Schedule
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS = ("float32", "bfloat16", "float16")

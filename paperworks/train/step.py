@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from paperworks.nn import auxiliary, half_precision, processes
-from paperworks.train import distribution, objective, sharding
+from paperworks.core import processes
+from paperworks.kernels import half_precision
+from paperworks.nn import auxiliary
+from paperworks.train import objective
 from paperworks.train.batches import Source
+from paperworks.train.distributed import distribution, sharding
 from paperworks.train.objective import Loss, Tally, Value
 from paperworks.train.settings import Settings
 

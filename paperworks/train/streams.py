@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from paperworks.nn import Cache
-from paperworks.nn.recurrence import StateCache
+from paperworks.nn.recurrent.recurrence import StateCache
 from paperworks.train.losses import next_token_loss
 
 Batch = dict[str, Tensor]

@@ -6,7 +6,7 @@ from torch import nn
 
 from paperworks import adapt
 from paperworks.adapt.intrinsic import Fastfood
-from paperworks.nn.hadamard import transform
+from paperworks.kernels.hadamard import transform
 
 
 def network():

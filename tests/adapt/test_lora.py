@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from paperworks import adapt, compress
+from paperworks.core.linear import weight_of
 from paperworks.models import preset
-from paperworks.nn.linear import weight_of
 from tests.parity.families import oracle
 
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paperworks import adapt, compress
-from paperworks.errors import CorruptFile
-from paperworks.nn.linear import weight_of
+from paperworks.core.errors import CorruptFile
+from paperworks.core.linear import weight_of
 
 
 def network():

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paperworks import adapt
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
 
 TOKENS = torch.randint(1, 97, (2, 7), generator=torch.Generator().manual_seed(0))
 

@@ -4,9 +4,9 @@ import gguf as package
 import pytest
 import torch
 
-from paperworks.checkpoints import gguf
 from paperworks.checkpoints.control_vectors import load_control_vector, save_control_vector
-from paperworks.errors import CorruptFile
+from paperworks.checkpoints.gguf import reader as gguf
+from paperworks.core.errors import CorruptFile
 from paperworks.interpret import ControlVector
 
 

@@ -6,7 +6,7 @@ import torch
 
 import paperworks as pw
 from paperworks import adapt, checkpoints, compress
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
 from paperworks.models import Block, Decoder, Encoder, Seq2Seq
 from paperworks.nn import Attention, CrossAttention, GatedMLP, RelativeBuckets, RMSNorm, RoPE
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paperworks.checkpoints.safetensors import INDEX, SINGLE, checksum, open_store, write_shards
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
 
 
 def tensors(count=6):

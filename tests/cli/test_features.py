@@ -10,7 +10,7 @@ import torch
 
 from paperworks.cli import features
 from paperworks.interpret import sae
-from paperworks.models.presets import llama
+from paperworks.models.presets.families import llama
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "</script><b>"

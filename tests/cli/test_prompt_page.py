@@ -10,8 +10,8 @@ import torch
 
 from paperworks.cli import inspect
 from paperworks.cli.prompt_page import MOST_TOKENS, page
-from paperworks.interpret.prompt_view import prompt_view
-from paperworks.models.presets import llama
+from paperworks.interpret.lenses.prompt_view import prompt_view
+from paperworks.models.presets.families import llama
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "</script><script>document.title='hijacked'</script>"

@@ -5,7 +5,7 @@ import pytest
 from paperworks.cli import main as cli
 from paperworks.cli import run as run_command
 from paperworks.cli import tour
-from paperworks.errors import AssetUnavailable
+from paperworks.core.errors import AssetUnavailable
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.papers import Entry
 

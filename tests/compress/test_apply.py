@@ -10,7 +10,7 @@ import paperworks as pw
 from paperworks import compress
 from paperworks.checkpoints import from_transformers
 from paperworks.compress import files
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
 from tests.parity.families import oracle
 
 BATCHES = [torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

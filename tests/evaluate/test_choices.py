@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from paperworks.evaluate import few_shot, score_choices, score_tokens
-from paperworks.models.presets import llama
+from paperworks.models.presets.families import llama
 
 
 class Table(nn.Module):

@@ -1,6 +1,6 @@
 """A paper for the tests of the laboratory, with a claim for every way a claim can end."""
 
-from paperworks.errors import AssetUnavailable
+from paperworks.core.errors import AssetUnavailable
 from paperworks.lab import Lab, Paper, Verdict
 
 

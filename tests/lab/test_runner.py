@@ -5,7 +5,7 @@ import numpy
 import pytest
 import torch
 
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
 from paperworks.lab import Lab, Paper, Verdict, load_result, results_folder, run
 from paperworks.lab.progress import Board, Clock, duration
 from paperworks.lab.results import source_hash

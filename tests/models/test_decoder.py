@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paperworks.models import Block, Decoder, count_parameters, preset, presets
+from paperworks.models import Block, Decoder, count_parameters, preset
+from paperworks.models.presets.families import presets
 from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RMSNorm
 
 # Published sizes (the catalogue's `exact` entries, and the checkpoints of 3.2, smollm2-360m/1.7b and phi3-medium).

@@ -7,12 +7,12 @@ import torch
 
 import paperworks as pw
 from paperworks import adapt, train
-from paperworks.data.task_inputs import TaskInputs, task_batch
+from paperworks.data.tasks.task_inputs import TaskInputs, task_batch
 from paperworks.models import DecoderModel
-from paperworks.models.gpt import gpt1, gpt3
-from paperworks.models.openelm import openelm
-from paperworks.models.task import TaskModel
-from paperworks.models.vocabulary import with_more_tokens
+from paperworks.models.heads import TaskModel
+from paperworks.models.presets.gpt import gpt1, gpt3
+from paperworks.models.presets.openelm import openelm
+from paperworks.models.surgery.vocabulary import with_more_tokens
 from paperworks.train.tasks import task_accuracy, task_loss
 
 SIZES = {

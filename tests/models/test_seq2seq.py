@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paperworks.generate import Sampling, beam_search, decode, generate
+from paperworks.generation import Sampling, beam_search, decode, generate
 from paperworks.models import Block, Decoder, Encoder, Seq2Seq, count_parameters
 from paperworks.models.encoder import segments_of
 from paperworks.nn import MLP, Attention, CrossAttention, LayerNorm, RelativeBuckets, SinusoidalPositions, Spec

@@ -23,10 +23,10 @@ from paperworks.nn import (
     TreeAttention,
     YaRNScaling,
 )
-from paperworks.nn.grconv import GRConv
-from paperworks.nn.s4 import S4
-from paperworks.nn.short_convolution import ShortConvolution
-from paperworks.nn.ttt import TTT
+from paperworks.nn.convolution.gated_recursive import GRConv
+from paperworks.nn.convolution.short import ShortConvolution
+from paperworks.nn.recurrent.s4 import S4
+from paperworks.nn.recurrent.ttt import TTT
 
 MIXERS = {
     "plain": Attention(heads=4),

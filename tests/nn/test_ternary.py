@@ -13,7 +13,7 @@ from torch import nn
 from paperworks import adapt
 from paperworks.models import Block, Decoder
 from paperworks.nn import MLGRU, Attention, BitLinear, GatedMLP, RMSNorm, RoPE, Spec
-from paperworks.nn.mlgru import forget_bounds
+from paperworks.nn.recurrent.mlgru import forget_bounds
 from paperworks.nn.ternary import SMALLEST, TernaryLinear, eight_bits, pack, ternary, unpack
 
 

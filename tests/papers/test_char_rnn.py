@@ -5,7 +5,7 @@ import torch
 
 from paperworks import train
 from paperworks.nn import Elman
-from paperworks.papers.language_models import char_rnn
+from paperworks.papers.recurrent import char_rnn
 
 
 def model():

@@ -4,7 +4,7 @@ import pytest
 
 from paperworks import api, papers
 from paperworks.lab import run_claim
-from paperworks.papers._smollm2 import stand_in
+from paperworks.testbeds.smollm2 import stand_in
 
 CLAIMS = [
     pytest.param(paper, claim, id=f"{paper.key}-{claim.name}")

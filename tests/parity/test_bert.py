@@ -7,8 +7,8 @@ from torch.nn import functional
 
 import paperworks as pw
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
-from paperworks.data import assets
-from paperworks.errors import AssetUnavailable
+from paperworks.core.errors import AssetUnavailable
+from paperworks.data.assets import assets
 from paperworks.models.encoder import MaskedLMHead, pool, segments_of
 from paperworks.nn import LayerNorm
 

@@ -110,7 +110,7 @@ def test_bfloat16_folders_keep_their_dtype(tmp_path):
 
 @torch.no_grad()
 def test_greedy_and_beam_continuations_equal_transformers(pair):
-    from paperworks.generate import Sampling, beam_search, decode
+    from paperworks.generation import Sampling, beam_search, decode
 
     _, theirs, ours = pair
     prompt = _tokens()[:, :6]

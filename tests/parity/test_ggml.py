@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from paperworks.checkpoints import gguf as ours
-from paperworks.compress.ggml import BLOCKS, WRITABLE, decode, encode
-from paperworks.data import assets
-from paperworks.errors import AssetUnavailable
+from paperworks.checkpoints.gguf import reader as ours
+from paperworks.compress.ggml.blocks import BLOCKS, WRITABLE, decode, encode
+from paperworks.core.errors import AssetUnavailable
+from paperworks.data.assets import assets
 
 # k-quants, whose rows are multiples of 256, have tests of their own: compress/test_kquants.py
 SHORT_BLOCKS = [name for name in WRITABLE if not name.endswith("_K")]

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
-from paperworks.models.task import TaskModel
+from paperworks.models.heads import TaskModel
 
 pytestmark = pytest.mark.parity
 

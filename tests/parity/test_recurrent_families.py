@@ -6,7 +6,7 @@ import transformers
 
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
 from paperworks.checkpoints.hf_config import spec_from_config
-from paperworks.generate import Sampling, decode
+from paperworks.generation import Sampling, decode
 from tests.parity.families import RECURRENT, oracle
 
 pytestmark = pytest.mark.parity

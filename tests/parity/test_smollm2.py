@@ -19,7 +19,7 @@ def theirs(smollm2):
     """transformers' model from the same file: dequantizing it takes some 25 seconds, so once for all tests."""
     import transformers
 
-    from paperworks.data import assets
+    from paperworks.data.assets import assets
 
     path = assets.fetch("smollm2")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -54,7 +54,7 @@ def test_every_weight_equals_transformers_own(smollm2, theirs):
 
 @torch.no_grad()
 def test_64_greedy_tokens_equal_transformers(smollm2, theirs):
-    from paperworks.generate import generate
+    from paperworks.generation import generate
 
     prompt = tokens(smollm2, PROMPT)
     settings = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -7,7 +7,7 @@ import transformers
 import paperworks as pw
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
 from paperworks.models.encoder import segments_of
-from paperworks.models.t5 import switch
+from paperworks.models.presets.t5 import switch
 
 pytestmark = pytest.mark.parity
 

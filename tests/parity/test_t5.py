@@ -7,10 +7,10 @@ import transformers
 import paperworks as pw
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
 from paperworks.checkpoints.hf_config import spec_from_config
-from paperworks.generate import Sampling, decode
+from paperworks.generation import Sampling, decode
 from paperworks.models.encoder import segments_of
-from paperworks.models.presets import t5
-from paperworks.nn.relative import bucket
+from paperworks.models.presets.families import t5
+from paperworks.nn.position.relative import bucket
 
 pytestmark = pytest.mark.parity
 

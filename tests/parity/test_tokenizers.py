@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from paperworks.checkpoints import gguf
-from paperworks.data import assets, chat
-from paperworks.data.tokenizers import Tokenizer, train_bpe
-from paperworks.errors import AssetUnavailable
+from paperworks.checkpoints.gguf import reader as gguf
+from paperworks.core.errors import AssetUnavailable
+from paperworks.data.assets import assets
+from paperworks.data.chat import template as chat
+from paperworks.data.tokenizers.tokenizer import Tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from paperworks.compress.aqlm import AQLM
-from paperworks.compress.packing import unpack_codes
-from paperworks.compress.statistics import Statistics
-from paperworks.compress.uniform import Int8, Uniform
+from paperworks.compress.calibration.statistics import Statistics
+from paperworks.compress.formats.aqlm import AQLM
+from paperworks.compress.formats.uniform import Int8, Uniform
+from paperworks.kernels.bit_packing import unpack_codes
 
 pytestmark = pytest.mark.parity
 

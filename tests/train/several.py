@@ -14,8 +14,8 @@ from torch import nn
 from paperworks import train
 from paperworks.models import Block, Decoder
 from paperworks.nn import Attention, Experts, GatedMLP, RMSNorm, RoPE, TopKRouter
-from paperworks.nn.expert_parallel import ParallelExperts
-from paperworks.train import distribution
+from paperworks.nn.feedforward.experts.parallel import ParallelExperts
+from paperworks.train.distributed import distribution
 from tests.train.small import classifier, examples, mean_loss, summed_loss
 
 SETTINGS = train.Settings(steps=6, lr=1e-2, log_every=1, save_every=3, progress=False, clip=0.5)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from paperworks.train import randomness
 from paperworks.train.batches import Source
+from paperworks.train.runs import randomness
 
 NUMBERS = TensorDataset(torch.arange(10))
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from paperworks import atomic, train
-from paperworks.train import checkpoint
-from paperworks.train.folder import RunFolder
+from paperworks import train
+from paperworks.core import atomic
+from paperworks.train.runs import checkpoint
+from paperworks.train.runs.folder import RunFolder
 
 from .small import Language, classifier, examples, mean_loss, same_bits, weights
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paperworks import train
-from paperworks.train import distribution
+from paperworks.train.distributed import distribution
 
 from .small import Language, classifier, examples, mean_loss, same_bits, summed_loss, weights
 

@@ -8,7 +8,7 @@ from torch import nn
 import paperworks as pw
 from paperworks import adapt, compress, train
 from paperworks.interpret import record
-from paperworks.models.presets import llama
+from paperworks.models.presets.families import llama
 from paperworks.train.recomputation import recompute
 
 TOKENS = torch.randint(64, (2, 10), generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from paperworks import train
-from paperworks.errors import CorruptFile
-from paperworks.train import checkpoint
+from paperworks.core.errors import CorruptFile
+from paperworks.train.runs import checkpoint
 
 from .small import Language, classifier, examples, mean_loss, same_bits, weights
 
@@ -314,7 +314,7 @@ def test_the_folder_is_one_runs_own_while_it_trains(tmp_path: Path) -> None:
 
     def second(step: int) -> bool:
         if step == 2 and os.fork() == 0:
-            from paperworks.train.folder import RunFolder
+            from paperworks.train.runs.folder import RunFolder
 
             try:
                 with RunFolder(tmp_path).locked():

@@ -1,7 +1,6 @@
 """Sparse autoencoders: dictionaries of directions in a model's activations; every kind on one buffer and one loop."""
 
 from paperworks.interpret.sae.activations import Activations
-from paperworks.interpret.sae.annealing import Annealing
 from paperworks.interpret.sae.attention_output import (
     HeadAttribution,
     attribute_to_heads,
@@ -9,25 +8,31 @@ from paperworks.interpret.sae.attention_output import (
     merged_heads,
     through_values,
 )
-from paperworks.interpret.sae.attributes import AdditiveAttributes, attribute_scores, best_meanings
 from paperworks.interpret.sae.autoencoder import SparseAutoencoder, SparseAutoencoderSpec
-from paperworks.interpret.sae.autointerp import ChatModel, Score, detection, explain, fuzzing, hold_out, silent_excerpts
-from paperworks.interpret.sae.board_metrics import BoardClassifiers, board_f1, fit_classifiers
-from paperworks.interpret.sae.clamping import clamp, largest_strengths, push
-from paperworks.interpret.sae.dashboard import Excerpt, FeatureView, feature_views
-from paperworks.interpret.sae.directions import geometric_median
-from paperworks.interpret.sae.end_to_end import EndToEnd
-from paperworks.interpret.sae.files import load, noted_tap, save
-from paperworks.interpret.sae.gated import Gated
-from paperworks.interpret.sae.geometry import Attribution, Neighbours, ablate, attribute, neighbours, project
-from paperworks.interpret.sae.jumprelu import JumpReLU, jump_relu, step
-from paperworks.interpret.sae.measures import Quality, Recovery, best_cosines, measure, recovery
-from paperworks.interpret.sae.planted import Families, Planted
-from paperworks.interpret.sae.sparse import Latents
-from paperworks.interpret.sae.splice import Spliced, loss_recovered, splice
-from paperworks.interpret.sae.standard import Standard
-from paperworks.interpret.sae.stitching import groups, insertion_effects, interpolate, nearest_cosines, stitch
-from paperworks.interpret.sae.supervised import (
+from paperworks.interpret.sae.evaluation.attributes import AdditiveAttributes, attribute_scores, best_meanings
+from paperworks.interpret.sae.evaluation.autointerp import (
+    ChatModel,
+    Score,
+    detection,
+    explain,
+    fuzzing,
+    hold_out,
+    silent_excerpts,
+)
+from paperworks.interpret.sae.evaluation.clamping import clamp, largest_strengths, push
+from paperworks.interpret.sae.evaluation.dashboard import Excerpt, FeatureView, feature_views
+from paperworks.interpret.sae.evaluation.directions import geometric_median
+from paperworks.interpret.sae.evaluation.geometry import Attribution, Neighbours, ablate, attribute, neighbours, project
+from paperworks.interpret.sae.evaluation.measures import Quality, Recovery, best_cosines, measure, recovery
+from paperworks.interpret.sae.evaluation.planted import Families, Planted
+from paperworks.interpret.sae.evaluation.stitching import (
+    groups,
+    insertion_effects,
+    interpolate,
+    nearest_cosines,
+    stitch,
+)
+from paperworks.interpret.sae.evaluation.supervised import (
     Location,
     SupervisedDictionary,
     agreement,
@@ -36,9 +41,7 @@ from paperworks.interpret.sae.supervised import (
     mean_codes,
     sparse_edit,
 )
-from paperworks.interpret.sae.topk import TopK, normalized_error, with_fixed_threshold
-from paperworks.interpret.sae.training import Resampling, Training, resample
-from paperworks.interpret.sae.transfer import (
+from paperworks.interpret.sae.evaluation.transfer import (
     decoder_cosines,
     gap_closed,
     norm_mismatch,
@@ -48,13 +51,22 @@ from paperworks.interpret.sae.transfer import (
     rotate_stream,
     transfer_table,
 )
+from paperworks.interpret.sae.files import load, noted_tap, save
+from paperworks.interpret.sae.kinds.annealing import Annealing
+from paperworks.interpret.sae.kinds.end_to_end import EndToEnd
+from paperworks.interpret.sae.kinds.gated import Gated
+from paperworks.interpret.sae.kinds.jumprelu import JumpReLU, jump_relu, step
+from paperworks.interpret.sae.kinds.sparse import Latents
+from paperworks.interpret.sae.kinds.standard import Standard
+from paperworks.interpret.sae.kinds.topk import TopK, normalized_error, with_fixed_threshold
+from paperworks.interpret.sae.splice import Spliced, loss_recovered, splice
+from paperworks.interpret.sae.training import Resampling, Training, resample
 
 __all__ = [
     "Activations",
     "AdditiveAttributes",
     "Annealing",
     "Attribution",
-    "BoardClassifiers",
     "ChatModel",
     "EndToEnd",
     "Excerpt",
@@ -86,13 +98,11 @@ __all__ = [
     "attribute_to_heads",
     "best_cosines",
     "best_meanings",
-    "board_f1",
     "clamp",
     "decoder_cosines",
     "detection",
     "explain",
     "feature_views",
-    "fit_classifiers",
     "fuzzing",
     "gap_closed",
     "geometric_median",

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from paperworks.core.selection import select
 from paperworks.interpret.taps import record
-from paperworks.nn.selection import select
 
 Keep = Callable[[Any], Bool[Tensor, "batch time"]]
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.interpret.sae.directions import along_sphere, geometric_median, random_directions
-from paperworks.nn.spec import Spec
+from paperworks.core.spec import Spec
+from paperworks.interpret.sae.evaluation.directions import along_sphere, geometric_median, random_directions
 
 Metrics = Mapping[str, Any]
 

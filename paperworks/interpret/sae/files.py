@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from paperworks import atomic
-from paperworks.errors import CorruptFile, unknown
+from paperworks.core import atomic
+from paperworks.core.errors import CorruptFile, unknown
 from paperworks.interpret.sae.autoencoder import SparseAutoencoder, SparseAutoencoderSpec
-from paperworks.interpret.sae.gated import Gated
-from paperworks.interpret.sae.jumprelu import JumpReLU
-from paperworks.interpret.sae.standard import Standard
-from paperworks.interpret.sae.topk import TopK
+from paperworks.interpret.sae.kinds.gated import Gated
+from paperworks.interpret.sae.kinds.jumprelu import JumpReLU
+from paperworks.interpret.sae.kinds.standard import Standard
+from paperworks.interpret.sae.kinds.topk import TopK
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 OURS = "paperworks"  # under metadata: the spec, which says how it was trained; SAELens keeps what it does not know

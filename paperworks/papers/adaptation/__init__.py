@@ -1,1 +1,1 @@
-"""Papers on adapting a trained model by training few parameters."""
+"""Papers on adaptation."""

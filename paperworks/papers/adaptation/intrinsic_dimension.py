@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from paperworks import adapt
 from paperworks.adapt.intrinsic import Fastfood, FastfoodDelta
+from paperworks.kernels.hadamard import transform
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
-from paperworks.nn.hadamard import transform
-from paperworks.papers._pictures import Classes, Images, accuracy, fit, network
+from paperworks.testbeds.pictures import Classes, Images, accuracy, fit, network
 
 paper = Paper(
     key="intrinsic-dimension",
@@ -34,7 +34,7 @@ paper = Paper(
         "paperworks.adapt.intrinsic.DID",
         "paperworks.adapt.intrinsic.SAID",
         "paperworks.adapt.intrinsic.Fastfood",
-        "paperworks.nn.hadamard.transform",
+        "paperworks.kernels.hadamard.transform",
     ),
 )
 

@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paperworks import adapt, api, compress, train
-from paperworks.data.text import PYTHON_DOCS, load_records, load_text
-from paperworks.errors import AssetUnavailable
+from paperworks.core.errors import AssetUnavailable
+from paperworks.core.linear import weight_of
+from paperworks.data.text.texts import PYTHON_DOCS, load_records, load_text
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import DecoderModel
-from paperworks.nn.linear import weight_of
-from paperworks.papers._smollm2 import smollm2
-from paperworks.train.paging import paged_adamw
+from paperworks.testbeds.smollm2 import smollm2
+from paperworks.train.optim.paging import paged_adamw
 
 paper = Paper(
     key="qlora",
@@ -35,9 +35,9 @@ paper = Paper(
     ),
     implements=(
         "paperworks.adapt.apply.apply",
-        "paperworks.compress.fourbit.NF4",
+        "paperworks.compress.formats.fourbit.NF4",
         "paperworks.compress.linear.CompressedLinear",
-        "paperworks.train.paging.PagedAdamW",
+        "paperworks.train.optim.paging.PagedAdamW",
         "paperworks.train.recomputation.recompute",
     ),
 )

@@ -1,1 +1,1 @@
-"""Training: optimizers, schedules, generalization and how models are made to learn."""
+"""Papers on training."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paperworks import train
-from paperworks.data.algorithmic import OPERATIONS, Table, inverse, operation_table
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.testbeds.algorithmic import OPERATIONS, Table, inverse, operation_table
 
 paper = Paper(
     key="grokking",
@@ -30,7 +30,7 @@ paper = Paper(
         "On tables of binary operations a network first memorises the equations it was shown and, long after its "
         "training accuracy is perfect, suddenly learns the rule; weight decay is what brings it there."
     ),
-    implements=("paperworks.data.algorithmic.operation_table", "paperworks.data.algorithmic.Table"),
+    implements=("paperworks.testbeds.algorithmic.operation_table", "paperworks.testbeds.algorithmic.Table"),
 )
 
 PRIME = 59

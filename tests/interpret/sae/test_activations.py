@@ -6,7 +6,7 @@ from torch import nn
 
 from paperworks import interpret
 from paperworks.interpret import sae
-from paperworks.models.presets import llama
+from paperworks.models.presets.families import llama
 
 
 class Counting(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paperworks.errors import CorruptFile
+from paperworks.core.errors import CorruptFile
 from paperworks.interpret import sae
 
 SPECS = {

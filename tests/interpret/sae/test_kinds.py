@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paperworks.interpret import sae
-from paperworks.interpret.sae.directions import unit_rows
+from paperworks.interpret.sae.evaluation.directions import unit_rows
 
 DIM, LATENTS, BATCH = 12, 30, 9
 SPECS = {
@@ -321,7 +321,7 @@ def test_every_change_of_p_leaves_the_penalty_of_the_remembered_batches_as_it_wa
 
 
 def test_powers_have_the_formulas_gradient_and_none_where_a_latent_is_off():
-    from paperworks.interpret.sae.annealing import power_sum
+    from paperworks.interpret.sae.kinds.annealing import power_sum
 
     f = torch.tensor([[0.0, 0.5, 2.0]], dtype=torch.float64, requires_grad=True)
     total = power_sum(f, 0.3)

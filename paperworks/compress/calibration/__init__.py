@@ -1,0 +1,1 @@
+"""What formats learn from data: second moments, replayed blocks, error feedback."""

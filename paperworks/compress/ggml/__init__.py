@@ -1,0 +1,1 @@
+"""ggml's block formats, decoded and encoded."""

@@ -1,0 +1,125 @@
+"""Selection: which modules a transformation works on, by glob patterns with braces or by a named set."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from paperworks.core.errors import nearest
+from paperworks.core.linear import is_linear_like
+
+Targets = str | Sequence[str]
+
+# What the linears of attention and of feed-forward parts are called, here and in other libraries.
+_ATTENTION = {
+    *("query", "key", "value", "output"),  # ours
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"),  # Llama and its relatives, OPT, CLIP
+    *("c_attn", "query_key_value", "Wqkv"),  # GPT-2, GPT-NeoX, MPT
+}
+_FEEDFORWARD = {
+    *("gate", "up", "down"),  # ours
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),  # Llama and its relatives
+    *("c_fc", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"),  # GPT-2, GPT-NeoX, OPT
+}
+_AMBIGUOUS = {"c_proj", "dense"}  # both rooms use these: their parent decides
+_ATTENTION_PARENTS = {"mixer", "attn", "attention", "self_attn", "self_attention"}
+_READOUTS = {"unembedding", "lm_head", "embed_out", "score", "classifier"}
+
+NAMED_SETS = ("attention", "feedforward", "all-linear")
+
+
+def braces(pattern: str) -> list[str]:
+    """Expand "a.{b,c}" to ["a.b", "a.c"]; braces may nest one in another."""
+    opening = pattern.find("{")
+    if opening < 0:
+        return [pattern]
+    depth, start, options = 0, opening + 1, []
+    for index in range(opening, len(pattern)):
+        character = pattern[index]
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+        if (character == "," and depth == 1) or depth == 0:
+            options.append(pattern[start:index])
+            start = index + 1
+        if depth == 0:
+            return [
+                expanded for option in options for expanded in braces(pattern[:opening] + option + pattern[index + 1 :])
+            ]
+    raise ValueError(f"target pattern {pattern!r} has a brace that is never closed")
+
+
+def _matcher(pattern: str) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(option) for option in braces(pattern)))
+
+
+def select(
+    model: nn.Module,
+    targets: Targets,
+    accept: Callable[[nn.Module], bool] = lambda module: True,
+    what: str = "module",
+) -> dict[str, nn.Module]:
+    """Return the modules of `model` that `targets` names, by path, in the model's order.
+
+    Args:
+        model: any module, ours or another library's.
+        targets: a glob pattern over module paths ("blocks.*.mixer.{query,value}", "*.q_proj"), one of the named sets
+            "attention", "feedforward", "all-linear", or a list of those. `*` crosses dots.
+        accept: which modules may be chosen; others that match are passed over.
+        what: what `accept` looks for, in the words of the error message.
+
+    Raises:
+        ValueError: when a pattern matches nothing acceptable, with the nearest paths.
+    """
+    candidates = {path: module for path, module in model.named_modules() if path and accept(module)}
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else list(targets):
+        if target in NAMED_SETS:
+            found = [path for path, module in candidates.items() if _in_named_set(path, module, target)]
+        else:
+            matches = _matcher(target).match
+            found = [path for path in candidates if matches(path)]
+        if not found:
+            raise ValueError(_nothing(target, candidates, model, what))
+        chosen.update(found)
+    if not chosen:
+        raise ValueError(f"no targets were given; name a pattern or one of {', '.join(NAMED_SETS)}")
+    return {path: module for path, module in candidates.items() if path in chosen}
+
+
+def select_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
+    """Return the linear-like modules that `targets` names, by path. See `select`."""
+    return select(model, targets, is_linear_like, "linear layer")
+
+
+def _in_named_set(path: str, module: nn.Module, name: str) -> bool:
+    if not is_linear_like(module):
+        return False
+    *parents, leaf = path.split(".")
+    if name == "all-linear":
+        return leaf not in _READOUTS
+    attention = any(parent in _ATTENTION_PARENTS for parent in parents)
+    if leaf in _AMBIGUOUS:
+        return attention == (name == "attention")
+    if name == "attention":
+        return leaf in _ATTENTION and (attention or leaf not in {"query", "key", "value", "output"})
+    return leaf in _FEEDFORWARD
+
+
+def _nothing(target: str, candidates: Iterable[str], model: nn.Module, what: str) -> str:
+    paths = list(candidates)
+    generic = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths))
+    close = nearest(target, generic) or generic[:5]
+    matching = [path for path, _ in model.named_modules() if path and _matcher(target).match(path)]
+    aside = f" It matches {matching[0]!r} and {len(matching) - 1} more, but none is a {what}." if matching else ""
+    misses = ", ".join(close) or "none"
+    return f"target {target!r} matches no {what} of {type(model).__name__}.{aside} Near misses: {misses}"
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` stands in `model`."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    setattr(parent, name, module)

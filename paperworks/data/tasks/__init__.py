@@ -1,0 +1,1 @@
+"""Inputs of tasks: fine-tuning layouts, masking, span corruption."""

@@ -1,0 +1,1 @@
+"""Tokenizers: files in and out, and trained ones."""

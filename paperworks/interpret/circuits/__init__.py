@@ -1,0 +1,1 @@
+"""Circuits: patching, attribution, search for the edges that matter."""

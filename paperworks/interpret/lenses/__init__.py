@@ -1,0 +1,1 @@
+"""Views of what a model computes for one prompt."""

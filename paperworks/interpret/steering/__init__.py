@@ -1,0 +1,1 @@
+"""Directions that change what a model does."""

@@ -1,0 +1,1 @@
+"""Published architectures by name, one file a family line."""

@@ -1,0 +1,1 @@
+"""A model made from another: upcycling, uptraining, pruning, more tokens, interpolation."""

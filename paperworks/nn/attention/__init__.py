@@ -1,0 +1,1 @@
+"""Attention: scores, masks, caches, and the variants of it."""

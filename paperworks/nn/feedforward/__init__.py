@@ -1,0 +1,1 @@
+"""Parts that work on each position by itself."""

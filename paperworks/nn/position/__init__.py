@@ -1,0 +1,1 @@
+"""Positions: rotary, absolute, relative."""

@@ -1,0 +1,1 @@
+"""The paper `lora` and the parts that only it uses."""

@@ -1,0 +1,1 @@
+"""The paper `board-game-sae-metrics` and the parts that only it uses."""

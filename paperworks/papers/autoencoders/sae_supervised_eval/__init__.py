@@ -1,0 +1,1 @@
+"""The paper `sae-supervised-eval` and the parts that only it uses."""

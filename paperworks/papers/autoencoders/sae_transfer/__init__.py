@@ -1,0 +1,1 @@
+"""The paper `sae-transfer` and the parts that only it uses."""

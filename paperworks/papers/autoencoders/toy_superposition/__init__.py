@@ -1,0 +1,1 @@
+"""The paper `toy-superposition` and the parts that only it uses."""

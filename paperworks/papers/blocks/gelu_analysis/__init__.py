@@ -1,0 +1,1 @@
+"""The paper `gelu-analysis` and the parts that only it uses."""

@@ -1,0 +1,1 @@
+"""The paper `circuit-reuse` and the parts that only it uses."""

@@ -1,0 +1,1 @@
+"""The paper `confidence-neurons` and the parts that only it uses."""

@@ -1,0 +1,1 @@
+"""The paper `grokking-mech-interp` and the parts that only it uses."""

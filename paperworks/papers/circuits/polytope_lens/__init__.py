@@ -1,0 +1,1 @@
+"""The paper `polytope-lens` and the parts that only it uses."""

@@ -1,1 +1,0 @@
-"""Papers on storing weights in few bits, and on the formats that do."""

@@ -1,1 +1,0 @@
-"""Interpretability and safety: what is inside a network, and what it is for."""

@@ -1,1 +1,0 @@
-"""Papers on language models and their parts."""

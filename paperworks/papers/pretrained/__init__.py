@@ -1,0 +1,1 @@
+"""Papers on pretrained language models."""

@@ -1,0 +1,1 @@
+"""The paper `defection-probes` and the parts that only it uses."""

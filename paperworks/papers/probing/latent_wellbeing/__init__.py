@@ -1,0 +1,1 @@
+"""The paper `latent-wellbeing` and the parts that only it uses."""

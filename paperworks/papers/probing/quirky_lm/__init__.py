@@ -1,0 +1,1 @@
+"""The paper `quirky-lm` and the parts that only it uses."""

@@ -1,0 +1,1 @@
+"""The paper `truth-ttpd` and the parts that only it uses."""

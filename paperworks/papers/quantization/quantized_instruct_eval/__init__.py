@@ -1,0 +1,1 @@
+"""The paper `quantized-instruct-eval` and the parts that only it uses."""

@@ -1,0 +1,1 @@
+"""Papers on recurrent and state-space models."""

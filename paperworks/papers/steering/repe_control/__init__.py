@@ -1,0 +1,1 @@
+"""The paper `repe-control` and the parts that only it uses."""

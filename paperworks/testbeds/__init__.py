@@ -1,0 +1,1 @@
+"""Small worlds and prepared models that several papers share."""

@@ -1,0 +1,1 @@
+"""Training in several processes: replicas, shards, weights that each process keeps for itself."""
