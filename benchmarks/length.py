@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.measure import Row
 from paperworks.lab.figures import COLORS, CONTROL, drawing, encode
-from paperworks.nn import LSTM, MLSTM, RWKV, S4, TTT, Attention, Mamba, Mixer, RoPE, open_stream
+from paperworks.nn import LSTM, MLSTM, RWKV, S4, TTT, Attention, Mamba, Mixer, Placement, RoPE
 
 DIM, LENGTHS = 128, (64, 128, 256, 512, 1024, 2048, 4096)
 MOST = 3.0  # seconds: a mixer that takes longer at one length is not asked for the next
@@ -36,7 +36,7 @@ def seconds(mixer: torch.nn.Module, length: int) -> float:
     x = torch.randn(1, length, DIM, requires_grad=True)
 
     def step() -> None:
-        mixer(x, open_stream(1, length, x.device)).sum().backward()
+        mixer(x, Placement().resolve(1, length, x.device)).sum().backward()
 
     step()
     return best(step, 3)

@@ -15,11 +15,14 @@ from paperworks.models import (
     DecoderModel,
     Encoder,
     EncoderModel,
+    ModelSpec,
     Seq2Seq,
     Seq2SeqModel,
+    TokenStack,
     count_parameters,
     preset,
 )
+from paperworks.models.model import parts_of
 from paperworks.models.presets.families import presets
 
 __all__ = ["build", "chat", "count_parameters", "export", "generate", "load", "preset", "presets", "save"]
@@ -53,8 +56,9 @@ def load(
     tokenizer = _tokenizer(path)
     model.tokenizer = tokenizer
     spec: Any = model.spec
-    known = min(spec.encoder.vocab_size, spec.decoder.vocab_size) if isinstance(spec, Seq2Seq) else spec.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size > known:
+    stacks = [part for part in parts_of(spec) if isinstance(part, TokenStack)]
+    known = min((part.vocab_size for part in stacks), default=0)
+    if tokenizer is not None and stacks and tokenizer.vocab_size > known:
         raise ValueError(
             f"the tokenizer of {path} knows {tokenizer.vocab_size} tokens, the model only {known}: "
             "they do not belong together"
@@ -94,8 +98,16 @@ def build(spec: Decoder) -> DecoderModel: ...
 def build(spec: Encoder) -> EncoderModel: ...
 @overload
 def build(spec: Seq2Seq) -> Seq2SeqModel: ...
-def build(spec: Decoder | Encoder | Seq2Seq) -> DecoderModel | EncoderModel | Seq2SeqModel:
-    """Build a model from its spec with freshly initialized weights (`torch.manual_seed` makes them reproducible)."""
+@overload
+def build(spec: ModelSpec) -> Any: ...
+def build(spec: ModelSpec) -> Any:
+    """Build a model of any kind from its spec, with fresh weights (`torch.manual_seed` makes them reproducible).
+
+    Raises `TypeError` for what is no spec of a whole model: a part has no input and no head.
+    """
+    if not isinstance(spec, ModelSpec):
+        hint = f"paperworks.build(paperworks.preset({spec!r}))" if isinstance(spec, str) else "a Decoder, say"
+        raise TypeError(f"build needs the spec of a whole model, got {type(spec).__name__}; give {hint}")
     return spec.build()
 
 
@@ -121,8 +133,12 @@ def chat_prompt(model: nn.Module, messages: Sequence[Mapping[str, str]]) -> str:
     return render(tokenizer.chat_template, messages, add_generation_prompt=True, **variables)
 
 
-def save(model: checkpoints.AnyModel, folder: str | Path) -> None:
-    """Write the model in our own layout, spec, weights and tokenizer; the folder appears whole or not at all."""
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a model of any kind in our own layout: spec, weights and tokenizer.
+
+    The folder appears whole or not at all. Raises `FileExistsError` for a folder that holds anything: nothing is
+    overwritten.
+    """
     checkpoints.save_native(model, folder)
 
 

@@ -7,11 +7,10 @@ import torch
 from paperworks.checkpoints.gguf.model import load_gguf, save_gguf
 from paperworks.checkpoints.gguf.reader import read as read_gguf
 from paperworks.checkpoints.huggingface import from_transformers, huggingface_names, load_folder, save_folder
-from paperworks.checkpoints.native import AnyModel, load_native, save_native
+from paperworks.checkpoints.native import load_native, save_native
 from paperworks.models import DecoderModel
 
 __all__ = [
-    "AnyModel",
     "from_transformers",
     "huggingface_names",
     "load",

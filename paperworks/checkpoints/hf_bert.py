@@ -7,7 +7,7 @@ from typing import Any
 
 from paperworks.checkpoints.hf_activations import read_activation, write_activation
 from paperworks.checkpoints.layout import Rule
-from paperworks.models import Block, Encoder
+from paperworks.models import Block, Encoder, PostNorm
 from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions
 
 Config = Mapping[str, Any]
@@ -26,7 +26,7 @@ def read_bert(config: Config) -> Encoder:
     dropout = float(config.get("hidden_dropout_prob", 0.1))
     block = Block(
         norm=norm,
-        arrangement="post",
+        arrangement=PostNorm(),
         mixer=Attention(
             heads=config["num_attention_heads"],
             causal=False,

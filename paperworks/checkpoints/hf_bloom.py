@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from paperworks.checkpoints.layout import HeadInterleaved, Rule, Stacked
-from paperworks.models import Block, Decoder
+from paperworks.models import Block, Decoder, PreNorm
 from paperworks.nn import MLP, ALiBi, Attention, LayerNorm
 
 Config = Mapping[str, Any]
@@ -53,7 +53,7 @@ def write_bloom(spec: Decoder) -> dict[str, Any]:
         and isinstance(mixer.position, ALiBi)
         and spec.embedding_norm == norm
         and feedforward == MLP(hidden=4 * spec.dim, activation="gelu_tanh")
-        and block.arrangement == "pre"
+        and isinstance(block.arrangement, PreNorm)
         and mixer.bias
     ):
         raise ValueError(

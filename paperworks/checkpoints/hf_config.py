@@ -9,7 +9,7 @@ from paperworks.checkpoints import hf_bert, hf_bloom, hf_gpt, hf_recurrent, hf_t
 from paperworks.checkpoints.hf_activations import read_activation
 from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
 from paperworks.core.errors import CorruptFile, unknown
-from paperworks.models import Block, Decoder, Seq2Seq, Stack
+from paperworks.models import Block, Decoder, Sandwich, Seq2Seq, Stack
 from paperworks.nn import (
     Attention,
     Experts,
@@ -216,7 +216,7 @@ def _read_gemma2(config: Config) -> Decoder:
         soft_cap=None if cap is None else float(cap),
         scale=float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
     )
-    full = replace(base.block, arrangement="sandwich", mixer=mixer)
+    full = replace(base.block, arrangement=Sandwich(), mixer=mixer)
     local = replace(full, mixer=replace(mixer, window=config.get("sliding_window", 4096)))
     kinds = config.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(base.depth)

@@ -5,7 +5,7 @@ from typing import Any
 
 from paperworks.checkpoints.hf_activations import read_activation, write_activation
 from paperworks.checkpoints.hf_rope import rope_config, rope_from_config
-from paperworks.models import Block, Decoder
+from paperworks.models import Block, Decoder, Parallel, PostNorm, PreNorm
 from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RoPE
 
 Config = Mapping[str, Any]
@@ -30,7 +30,7 @@ def read_gpt1(config: Config) -> Decoder:
         norm=None,
         block=Block(
             norm=norm,
-            arrangement="post",
+            arrangement=PostNorm(),
             mixer=Attention(heads=config["n_head"], bias=True, dropout=float(config.get("attn_pdrop", 0.1))),
             feedforward=MLP(hidden=4 * dim, activation=activation),
             dropout=residual,
@@ -42,7 +42,7 @@ def write_gpt1(spec: Decoder) -> dict[str, Any]:
     """Write a post-norm decoder with learned positions and no last norm as OpenAI's first GPT."""
     block = spec.blocks[0]
     fits = (
-        block.arrangement == "post"
+        isinstance(block.arrangement, PostNorm)
         and isinstance(block.mixer, Attention)
         and isinstance(block.feedforward, MLP)
         and isinstance(block.norm, LayerNorm)
@@ -136,7 +136,7 @@ def read_neox(config: Config) -> Decoder:
         norm=norm,
         block=Block(
             norm=norm,
-            arrangement="parallel" if config.get("use_parallel_residual", True) else "pre",
+            arrangement=Parallel() if config.get("use_parallel_residual", True) else PreNorm(),
             mixer=Attention(
                 heads=config["num_attention_heads"],
                 bias=bias,
@@ -165,7 +165,7 @@ def write_neox(spec: Decoder) -> dict[str, Any]:
         "hidden_act": write_activation(block.feedforward.activation),
         "layer_norm_eps": spec.norm.eps,
         "attention_bias": block.mixer.bias,
-        "use_parallel_residual": block.arrangement == "parallel",
+        "use_parallel_residual": isinstance(block.arrangement, Parallel),
         "tie_word_embeddings": spec.tied,
         "initializer_range": spec.init_std,
         "rotary_pct": rope.fraction if isinstance(rope, RoPE) else None,

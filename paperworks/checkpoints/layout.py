@@ -12,7 +12,8 @@ from paperworks.adapt.delta import AdaptedLinear
 from paperworks.compress.linear import CompressedLinear
 from paperworks.core.errors import CorruptFile
 from paperworks.core.processes import paths_kept_apart
-from paperworks.models import Seq2Seq, Stack
+from paperworks.models import ModelSpec
+from paperworks.models.model import tie
 from paperworks.nn.feedforward.experts.parallel import Elsewhere
 
 
@@ -129,22 +130,22 @@ class Rule:
     optional: bool = False
 
 
-def require_depth(spec: Stack | Seq2Seq, source: TensorSource, origin: str) -> None:
+def require_depth(spec: ModelSpec, source: TensorSource, origin: str) -> None:
     """Refuse a description with more blocks than there are tensors, before anything is made for each block."""
     count = sum(1 for _ in source.keys())  # noqa: SIM118  (not a mapping)
-    depth = spec.encoder.depth + spec.decoder.depth if isinstance(spec, Seq2Seq) else spec.depth
+    depth = spec.layers()
     if depth > count:
         raise CorruptFile(f"{origin} describes {depth} blocks but holds only {count} tensors")
 
 
-def build_empty(spec: Stack | Seq2Seq) -> Any:
+def build_empty(spec: ModelSpec) -> Any:
     """Build a model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return spec.build()
 
 
 def import_weights(
-    spec: Stack | Seq2Seq,
+    spec: ModelSpec,
     source: TensorSource,
     rules: Sequence[Rule],
     *,
@@ -171,8 +172,9 @@ def import_weights(
             continue
         shapes = [wanted[name].shape for name in rule.ours]
         for name, tensor in zip(rule.ours, rule.codec.split(source.load(rule.theirs), shapes), strict=True):
-            set_parameter(model, name, tensor.to(dtype or tensor.dtype).contiguous())
-    model.tie()
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            set_parameter(model, name, tensor.to(kind).contiguous())
+    tie(model)
     return model.eval()
 
 
@@ -186,9 +188,13 @@ def require_whole(model: nn.Module) -> None:
 
 
 def set_parameter(model: nn.Module, path: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of the parameter at `path`."""
+    """Put a tensor in the place of the parameter or buffer at `path`."""
     parent, _, name = path.rpartition(".")
-    model.get_submodule(parent).register_parameter(name, nn.Parameter(tensor))
+    owner = model.get_submodule(parent)
+    if name in owner._buffers:
+        owner.register_buffer(name, tensor)
+    else:
+        owner.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
 
 
 def _mismatches(

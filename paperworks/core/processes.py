@@ -7,7 +7,7 @@ the same exchanges in the same order, forwards and backwards. One process, and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def count() -> int:
@@ -29,7 +31,17 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-@torch.compiler.disable
+def outside_graphs(function: Function) -> Function:
+    """Mark a function that `torch.compile` is to leave alone, as `torch.compiler.disable` does.
+
+    That decorator imports the whole compiler, which takes as long as torch itself; the mark it leaves is enough.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "processes exchange tensors here"  # type: ignore[attr-defined]
+    return function
+
+
+@outside_graphs
 def exchanged(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """Send the first `sent[0]` rows to process 0, the next `sent[1]` to process 1, and return the rows that come.
 
@@ -39,7 +51,7 @@ def exchanged(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     return out
 
 
-@torch.compiler.disable
+@outside_graphs
 def counts_exchanged(counts: Tensor) -> Tensor:
     """Send row i of whole numbers to process i, and return what each sends here, one row a process."""
     received = torch.empty_like(counts)
@@ -103,7 +115,7 @@ def summed(x: Tensor) -> Tensor:
     return _summed(x) if _spread else x
 
 
-@torch.compiler.disable
+@outside_graphs
 def _summed(x: Tensor) -> Tensor:
     total: Tensor = _Sum.apply(x)
     return total
@@ -114,7 +126,7 @@ def gathered(x: Tensor) -> Tensor:
     return _gathered(x) if _spread else x[None]
 
 
-@torch.compiler.disable
+@outside_graphs
 def _gathered(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(count())]
     dist.all_gather(parts, x.detach().contiguous())

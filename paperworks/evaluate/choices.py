@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from paperworks.core.errors import unknown
+from paperworks.nn import Placement
 
 Rule = Literal["sum", "mean", "unconditional"]
 
@@ -71,7 +72,7 @@ def score_tokens(model: nn.Module, context: Sequence[int], completions: Sequence
     tokens, segments = tokens.to(device), segments.to(device)
     was = model.training
     model.eval()
-    logits = model(tokens, segments=segments)[:, len(context) - 1 : -1]
+    logits = model(tokens, Placement(segments=segments))[:, len(context) - 1 : -1]
     model.train(was)
     asked = tokens[:, len(context) :]
     logs = logits.double().log_softmax(-1).gather(2, asked[..., None])[..., 0]

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.generation.decoding import evaluating
+from paperworks.nn import TargetPlacement
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,19 @@ def _read(model: nn.Module, tokens: Tensor, positions: Tensor, cache: object) ->
     """Fill the cache with known tokens, each asked for the one after it in the order given."""
     if tokens.shape[1]:
         here, asked = positions[None, :-1], positions[None, 1:]
-        model(tokens, positions=here, asked=asked, cache=cache, last=1)
+        model(tokens, TargetPlacement(positions=here, target_positions=asked, cache=cache), last=1)
 
 
 def _burst(model: nn.Module, last: Tensor, at: Tensor, asked: Tensor, cache: object) -> Tensor:
     """Return the logits for every asked position, none seeing another."""
     alone = torch.eye(len(asked), dtype=torch.bool, device=asked.device)
     many = (len(last), len(asked))
-    return model(last.expand(many), positions=at.expand(many), asked=asked.expand(many), cache=cache, among=alone)
+    return model(
+        last.expand(many),
+        TargetPlacement(
+            positions=at.expand(many), target_positions=asked.expand(many), cache=cache, attention_mask=alone
+        ),
+    )
 
 
 def _in_turn(
@@ -164,5 +170,5 @@ def _in_turn(
     cache.reorder(torch.zeros(rows, dtype=torch.int64, device=drawn.device))  # type: ignore[attr-defined]
     tokens = torch.cat((last.expand(rows, 1), drawn[:, :-1]), 1)
     positions = torch.cat((at.expand(rows, 1), asked[:, :-1]), 1)
-    logits = model(tokens, positions=positions, asked=asked, cache=cache)
+    logits = model(tokens, TargetPlacement(positions=positions, target_positions=asked, cache=cache))
     return (logits / temperature).log_softmax(-1).gather(2, drawn[..., None])[..., 0]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from paperworks.generation.decoding import evaluating
 from paperworks.generation.prompts import Prompts, left_pad
+from paperworks.nn import Placement
 
 
 class _Finished:
@@ -62,7 +63,7 @@ def beam_search(
         cache = model.new_cache(batch, tokens.shape[1] + max_new_tokens)  # type: ignore[operator]
         step_tokens, step_segments = tokens, segments
         for step in range(max_new_tokens):
-            logits = model(step_tokens, segments=step_segments, cache=cache, last=1)[:, -1]
+            logits = model(step_tokens, Placement(segments=step_segments, cache=cache), last=1)[:, -1]
             if step == 0:
                 logits = logits[rows]
                 cache.reorder(rows)

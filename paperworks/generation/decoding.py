@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from paperworks.generation.matvec import fast_linears
 from paperworks.generation.prompts import Prompts, left_pad
 from paperworks.generation.sampling import Sampling
+from paperworks.nn import Placement
 
 
 def decode(
@@ -51,7 +52,7 @@ def decode(
             with torch.inference_mode():
                 if cache is None:
                     cache = model.new_cache(batch, tokens.shape[1] + max_new_tokens)  # type: ignore[operator]
-                logits = model(tokens, segments=segments, cache=cache, last=1)[:, -1]
+                logits = model(tokens, Placement(segments=segments, cache=cache), last=1)[:, -1]
                 chosen = sampling.choose(logits, seen, generator)
                 if len(stops):
                     alive &= ~torch.isin(chosen, stops)

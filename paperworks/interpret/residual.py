@@ -70,17 +70,16 @@ def residual_stream(model: nn.Module) -> ResidualStream:
 def _ours(model: nn.Module, blocks: nn.ModuleList) -> ResidualStream:
     writers: list[str] = []
     for index, block in enumerate(blocks):
-        arrangement = getattr(block, "arrangement", "pre")
-        if arrangement == "post":
+        arrangement = getattr(block, "arrangement", None)
+        if arrangement is not None and not arrangement.sums_branches:
             raise ValueError(
-                f"block {index} normalizes the residual stream itself (arrangement 'post'), so the stream is not a sum "
-                "of what the parts wrote; only 'pre', 'parallel' and 'sandwich' blocks can be decomposed"
+                f"block {index} is arranged as {arrangement}: its stream is not a sum of what the parts wrote; only "
+                "blocks that add their parts (PreNorm, Parallel, Sandwich) can be decomposed"
             )
         for part in ("mixer", "feedforward"):
             if getattr(block, part, None) is not None:
-                writers.append(
-                    f"blocks.{index}.{part}_post_norm" if arrangement == "sandwich" else f"blocks.{index}.{part}"
-                )
+                after = getattr(block, f"{part}_post_norm", None) is not None
+                writers.append(f"blocks.{index}.{part}_post_norm" if after else f"blocks.{index}.{part}")
     layers = tuple(f"blocks.{index}" for index in range(len(blocks)))
     norm = "norm" if getattr(model, "norm", None) is not None else None
     return ResidualStream("dropout", layers, tuple(writers), norm, "unembedding")

@@ -1,5 +1,6 @@
 """Specs that assemble parts into whole models, and the presets with published sizes."""
 
+from paperworks.models.arrangement import Arrangement, NoResidual, Parallel, PostNorm, PreNorm, Sandwich
 from paperworks.models.backbone import Stack, StackModel
 from paperworks.models.block import Block
 from paperworks.models.classic.handwriting import Handwriting
@@ -11,15 +12,21 @@ from paperworks.models.counting import count_parameters
 from paperworks.models.decoder import Decoder, DecoderModel
 from paperworks.models.encoder import Encoder, EncoderModel
 from paperworks.models.heads import TaskModel
+from paperworks.models.layer_scale import LayerScale
+from paperworks.models.model import ModelSpec
 from paperworks.models.presets.families import preset, presets
-from paperworks.models.seq2seq import Seq2Seq, Seq2SeqModel
+from paperworks.models.presets.t5 import T5Initialization
+from paperworks.models.seq2seq import ConditionedDecoder, Seq2Seq, Seq2SeqModel
 from paperworks.models.surgery.interpolation import interpolated, mixture_weights
 from paperworks.models.surgery.upcycling import upcycle
 from paperworks.models.surgery.vocabulary import with_more_tokens
+from paperworks.models.tokens import TokenStack, TokenStackModel
 
 __all__ = [
     "HME",
+    "Arrangement",
     "Block",
+    "ConditionedDecoder",
     "Decoder",
     "DecoderModel",
     "Encoder",
@@ -27,11 +34,21 @@ __all__ = [
     "HMEModel",
     "Handwriting",
     "KneserNey",
+    "LayerScale",
+    "ModelSpec",
+    "NoResidual",
+    "Parallel",
+    "PostNorm",
+    "PreNorm",
+    "Sandwich",
     "Seq2Seq",
     "Seq2SeqModel",
     "Stack",
     "StackModel",
+    "T5Initialization",
     "TaskModel",
+    "TokenStack",
+    "TokenStackModel",
     "WordVectors",
     "count_parameters",
     "fit_hme",

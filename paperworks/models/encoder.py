@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.core.errors import unknown
-from paperworks.models.backbone import Stack, StackModel
-from paperworks.nn import Norm, Stream, open_stream
+from paperworks.models.tokens import TokenStack, TokenStackModel
+from paperworks.nn import Norm, Placement
 from paperworks.nn.feedforward.mlp import ACTIVATIONS, Activation
 
 Pooling = Literal["first", "mean", "max", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoder(Stack):
+class Encoder(TokenStack):
     """Tokens (batch, time) -> vectors (batch, time, dim), each token seeing all others of its segment.
 
     Attributes:
         token_types: kinds of tokens that get a vector of their own (BERT's two sentences); 0 for none.
         pooler: whether there is a `Pooler`, which makes one vector of the first token's.
 
-    All others are those of `Stack`. The mixers must not be causal.
+    All others are those of `TokenStack` and `Stack`. The mixers must not be causal.
     """
 
     token_types: int = 0
@@ -36,16 +36,16 @@ class Encoder(Stack):
         super().validate()
         if self.token_types < 0:
             raise ValueError(f"Encoder.token_types must be at least 0, got {self.token_types}")
-        for block in dict.fromkeys(self.block if isinstance(self.block, tuple) else (self.block,)):
+        for block in self.distinct_blocks:
             if getattr(block.mixer, "causal", False):
                 raise ValueError("an encoder's tokens see those after them: give its Attention causal=False")
 
     def build(self) -> EncoderModel:
-        """Return the model with freshly initialized weights."""
-        return EncoderModel(self)
+        """The model with freshly drawn weights."""
+        return cast(EncoderModel, EncoderModel(self).initialized())
 
 
-class EncoderModel(StackModel):
+class EncoderModel(TokenStackModel):
     """The module of `Encoder`. Attributes: `spec`; `tokenizer`, None unless the model was loaded with one."""
 
     spec: Encoder
@@ -54,46 +54,39 @@ class EncoderModel(StackModel):
         super().__init__(spec)
         self.token_type = nn.Embedding(spec.token_types, spec.dim) if spec.token_types else None
         self.pooler = Pooler(spec.dim) if spec.pooler else None
-        self.tie()
-        if self.embedding.weight.device.type != "meta":
-            self.initialize()
 
     def forward(
         self,
         tokens: Int[Tensor, "batch time"],
+        placement: Placement | None = None,
         *,
-        segments: Int[Tensor, "batch time"] | None = None,
         token_types: Int[Tensor, "batch time"] | None = None,
-        positions: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time dim"]:
-        """Return one vector a token.
+        """One vector a token.
 
         Args:
             tokens: int64 ids.
-            segments: tokens see each other only where these agree; 0 is padding. `segments_of(lengths)` makes them.
+            placement: tokens see each other only where its `segments` agree; 0 is padding, `segments_of(lengths)`
+                makes them. None: no padding.
             token_types: which kind each token is, from 0; None means kind 0 everywhere.
-            positions: where tokens stand; by default from 0 in each segment.
 
         Raises:
             ValueError: for a wrong dtype or shape, an id or kind outside its table, or a sequence beyond the context.
         """
-        self._check_tokens(tokens)
-        batch, time = tokens.shape
-        self._check_length(time)
-        stream = open_stream(batch, time, tokens.device, positions=positions, segments=segments)
-        return self.through(self._embed(tokens, token_types, stream), stream, None)
+        here = self.place(tokens, placement)
+        return self.run_blocks(self._embed(tokens, token_types, here), here)
 
-    def _embed(self, tokens: Tensor, token_types: Tensor | None, stream: Stream) -> Tensor:
+    def _embed(self, tokens: Tensor, token_types: Tensor | None, placement: Placement) -> Tensor:
         if self.token_type is None:
             if token_types is not None:
                 raise ValueError("this encoder knows no token types (Encoder.token_types is 0); leave them out")
-            return self.embed(tokens, stream)
+            return self.embed(tokens, placement)
         kinds = torch.zeros_like(tokens) if token_types is None else token_types
         if kinds.shape != tokens.shape:
             raise ValueError(f"token_types must have the tokens' shape {tuple(tokens.shape)}, got {tuple(kinds.shape)}")
         if kinds.device.type == "cpu" and (int(kinds.min()) < 0 or int(kinds.max()) >= self.spec.token_types):
             raise ValueError(f"token type {int(kinds.max())} is outside the {self.spec.token_types} there are, from 0")
-        return self.embed(tokens, stream, self.token_type(kinds))
+        return self.embed(tokens, placement, self.token_type(kinds))
 
 
 def segments_of(lengths: Int[Tensor, " batch"], time: int | None = None) -> Int[Tensor, "batch time"]:

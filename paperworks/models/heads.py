@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from paperworks.core.errors import unknown
 from paperworks.models.decoder import DecoderModel
 from paperworks.models.encoder import pool
+from paperworks.nn.placement import Placement
 
 Reading = Literal["one", "sum", "choice"]
 
@@ -71,7 +72,7 @@ class TaskModel(nn.Module):
             )
         rows = tokens.flatten(0, 1)
         real = None if segments is None else segments.flatten(0, 1)
-        hidden = self.model.hidden(rows, segments=real)
+        hidden = self.model.hidden(rows, Placement(segments=real))
         last = pool(hidden, real, "last").unflatten(0, tokens.shape[:2])
         if self.reading == "choice":
             scores = self.head(self.dropout(last))[..., 0]

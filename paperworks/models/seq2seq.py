@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from paperworks.models.decoder import Decoder
 from paperworks.models.encoder import Encoder
-from paperworks.nn import Cache, Spec
+from paperworks.models.model import ModelSpec
+from paperworks.nn import Cache, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2Seq(Spec):
+class Seq2Seq(ModelSpec):
     """Source tokens (batch, source) and target tokens (batch, time) -> logits (batch, time, vocab_size).
 
     Attributes:
@@ -30,7 +31,7 @@ class Seq2Seq(Spec):
 
     def validate(self) -> None:
         """Check that the decoder reads the encoder, and that a shared table fits both."""
-        crosses = [block.cross for block in dict.fromkeys(self.decoder.blocks) if block.cross is not None]
+        crosses = [block.cross for block in self.decoder.distinct_blocks if block.cross is not None]
         if not crosses:
             raise ValueError(
                 "Seq2Seq.decoder reads nothing: give its Block a cross=CrossAttention(heads=...) or FixedContext()"
@@ -50,7 +51,7 @@ class Seq2Seq(Spec):
             )
 
     def build(self) -> Seq2SeqModel:
-        """Return the model with freshly initialized weights."""
+        """The model with freshly drawn weights."""
         return Seq2SeqModel(self)
 
 
@@ -83,52 +84,57 @@ class Seq2SeqModel(nn.Module):
         return self.decoder.dtype
 
     def encode(
-        self, source: Int[Tensor, "batch source"], *, segments: Int[Tensor, "batch source"] | None = None
+        self, source: Int[Tensor, "batch source"], placement: Placement | None = None
     ) -> Float[Tensor, "batch source dim"]:
-        """Return what the decoder reads. `segments` is 0 at the source's padding."""
-        return self.encoder(source, segments=segments)
+        """What the decoder reads. The placement's segments are 0 at the source's padding."""
+        context: Tensor = self.encoder(source, placement)
+        return context
 
     def forward(
         self,
         source: Int[Tensor, "batch source"],
         target: Int[Tensor, "batch time"],
+        placement: Placement | None = None,
         *,
-        source_segments: Int[Tensor, "batch source"] | None = None,
-        segments: Int[Tensor, "batch time"] | None = None,
+        source_placement: Placement | None = None,
     ) -> Float[Tensor, "batch time vocab"]:
-        """Return the logits of the token after each of the target's.
+        """Logits of the token after each of the target's.
 
         Args:
             source: int64 ids of what is read; target: of what is written so far, beginning with its start token.
-            source_segments, segments: 0 for padding. In packed rows a target token reads the source of its segment.
+            placement, source_placement: where both stand; segments are 0 for padding, and in packed rows a target token
+                reads the source of its segment.
 
         Raises:
             ValueError: as `Decoder` and `Encoder` do; for source and target of unequal batch.
         """
         if len(source) != len(target):
             raise ValueError(f"source has {len(source)} rows and target {len(target)}; they belong together row by row")
-        context = self.encode(source, segments=source_segments)
-        return self.decoder(target, segments=segments, context=context, context_segments=source_segments)
+        here = (placement or Placement()).copy()
+        here.context = self.encode(source, source_placement)
+        here.context_segments = None if source_placement is None else source_placement.segments
+        logits: Tensor = self.decoder(target, here)
+        return logits
 
-    def given(
-        self, source: Int[Tensor, "batch source"], *, segments: Int[Tensor, "batch source"] | None = None
-    ) -> Given:
-        """Return the decoder with this source before its eyes: a model that `generate` and beam search continue."""
-        return Given(self, source, segments)
+    def conditioned(
+        self, source: Int[Tensor, "batch source"], placement: Placement | None = None
+    ) -> ConditionedDecoder:
+        """The decoder reading this source: a model that `generate` and beam search continue."""
+        return ConditionedDecoder(self, source, placement)
 
 
-class Given(nn.Module):
-    """A decoder that reads one source: forward(tokens, segments=, cache=, last=) and new_cache, as decoding needs."""
+class ConditionedDecoder(nn.Module):
+    """A decoder that reads one source: `forward(tokens, placement, last=)` and `new_cache`, as decoding needs."""
 
-    def __init__(self, model: Seq2SeqModel, source: Tensor, segments: Tensor | None) -> None:
+    def __init__(self, model: Seq2SeqModel, source: Tensor, placement: Placement | None) -> None:
         super().__init__()
         self.decoder = model.decoder
         self.tokenizer = model.tokenizer
-        self.context_segments = segments
+        self.context_segments = None if placement is None else placement.segments
         with torch.inference_mode():
             encoder, training = model.encoder, model.encoder.training
             encoder.eval()
-            self.context = model.encode(source, segments=segments)
+            self.context = model.encode(source, placement)
             encoder.train(training)
 
     @property
@@ -137,20 +143,23 @@ class Given(nn.Module):
         return self.decoder.device
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Return an empty cache."""
+        """An empty cache."""
         return self.decoder.new_cache(batch, capacity)
 
-    def forward(self, tokens: Int[Tensor, "batch time"], **options: Any) -> Float[Tensor, "batch time vocab"]:
-        """Return the decoder's logits; options are those of `DecoderModel.forward`.
+    def forward(
+        self, tokens: Int[Tensor, "batch time"], placement: Placement | None = None, *, last: int | None = None
+    ) -> Float[Tensor, "batch time vocab"]:
+        """The decoder's logits; arguments are those of `DecoderModel.forward`.
 
         Raises ValueError when there are not as many rows as sources.
         """
-        cache = options.get("cache")
-        filled = cache is not None and cache.length > 0  # its rows may have been multiplied by beam search
-        if not filled and len(tokens) != len(self.context):
-            raise ValueError(
-                f"there are {len(self.context)} sources and {len(tokens)} rows to write; give one a source"
-            )
-        context = None if filled else self.context
-        segments = None if filled else self.context_segments
-        return self.decoder(tokens, context=context, context_segments=segments, **options)
+        here = (placement or Placement()).copy()
+        # the rows of a cache may have been multiplied by beam search, and it holds what was read
+        if here.cache is None or here.cache.length == 0:
+            if len(tokens) != len(self.context):
+                raise ValueError(
+                    f"there are {len(self.context)} sources and {len(tokens)} rows to write; give one a source"
+                )
+            here.context, here.context_segments = self.context, self.context_segments
+        logits: Tensor = self.decoder(tokens, here, last=last)
+        return logits

@@ -15,11 +15,13 @@ from paperworks.nn.feedforward.experts.routers import NoisyTopKRouter, Router, T
 from paperworks.nn.feedforward.maxout import Maxout
 from paperworks.nn.feedforward.mlp import MLP, Feedforward, GatedMLP
 from paperworks.nn.identity_norm import NoNorm
+from paperworks.nn.linear_kind import LinearKind
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.mixture_density import StrokeDensity, StrokeMixture
 from paperworks.nn.norm import LayerNorm, Norm, RMSNorm
-from paperworks.nn.placement import Cache, MixerCache, Stream, open_stream
-from paperworks.nn.position.absolute import AbsolutePositions, LearnedPositions, PairedPositions, SinusoidalPositions
+from paperworks.nn.placement import Cache, MixerCache, Placement
+from paperworks.nn.position.absolute import AbsolutePositions, LearnedPositions, SinusoidalPositions
+from paperworks.nn.position.paired import PairedPositions, TargetPlacement
 from paperworks.nn.position.relative import ALiBi, RelativeBuckets, RelativePosition, RelativeVectors
 from paperworks.nn.position.rotary import (
     DynamicNTKScaling,
@@ -29,6 +31,7 @@ from paperworks.nn.position.rotary import (
     NTKScaling,
     RoPE,
     RoPEScaling,
+    Rotary,
     YaRNScaling,
 )
 from paperworks.nn.recurrent.classic import GRU, LSTM, Elman
@@ -40,7 +43,7 @@ from paperworks.nn.recurrent.s4 import S4
 from paperworks.nn.recurrent.ttt import TTT
 from paperworks.nn.recurrent.xlstm import MLSTM, SLSTM
 from paperworks.nn.tap import Tap
-from paperworks.nn.ternary import BitLinear, LinearKind
+from paperworks.nn.ternary import BitLinear
 
 __all__ = [
     "GRU",
@@ -82,6 +85,7 @@ __all__ = [
     "Norm",
     "PairedPositions",
     "ParallelExperts",
+    "Placement",
     "RMSNorm",
     "RWKVChannelMix",
     "RelativeBuckets",
@@ -89,19 +93,19 @@ __all__ = [
     "RelativeVectors",
     "RoPE",
     "RoPEScaling",
+    "Rotary",
     "Router",
     "ShortConvolution",
     "SinusoidalPositions",
     "Spec",
-    "Stream",
     "StrokeDensity",
     "StrokeMixture",
     "Tap",
+    "TargetPlacement",
     "TopKRouter",
     "TreeAttention",
     "YaRNScaling",
     "memory_efficient_attention",
-    "open_stream",
     "select",
     "select_linears",
 ]

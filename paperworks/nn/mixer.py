@@ -4,12 +4,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from paperworks.core.spec import Spec
+from paperworks.core.initialization import Part
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixer(Spec):
-    """What moves information along time: `build(dim)` gives a module with `forward(x, stream)` and `new_cache`."""
+class Mixer(Part):
+    """What moves information along time.
+
+    `build(dim)` gives a module with `forward(x, placement) -> x` on (batch, time, dim) and
+    `new_cache(batch, capacity, dtype, device)`. Whole, in chunks, token by token, packed and padded give the same
+    outputs. A module that obeys `Placement.visible` says so by `obeys_visibility = True`.
+    """
 
     def check(self, dim: int) -> None:
         """Raise `ValueError` if this mixer cannot work on vectors of `dim` numbers."""

@@ -10,26 +10,9 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.core.selection import replace_module
-from paperworks.core.spec import Spec
+from paperworks.nn.linear_kind import LinearKind
 
 SMALLEST = 1e-5  # what scales are clamped at, as in the reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearKind(Spec):
-    """What the linear layers of a model are: `convert(linear)` gives the module that stands in a plain one's place."""
-
-    def convert(self, linear: nn.Linear) -> nn.Module:
-        """Return the module, with the weights of `linear`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it makes of a linear layer")
-
-
-def convert_linears(root: nn.Module, kind: LinearKind) -> None:
-    """Replace every plain linear layer under `root`, in place."""
-    for path, module in list(root.named_modules()):
-        if type(module) is nn.Linear:
-            replace_module(root, path, kind.convert(module))
 
 
 @dataclass(frozen=True, kw_only=True)

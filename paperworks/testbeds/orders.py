@@ -45,7 +45,7 @@ def in_order(
         "tokens": shuffled[:, :-1],
         "targets": shuffled[:, 1:],
         "positions": orders[:, :-1],
-        "asked": orders[:, 1:],
+        "target_positions": orders[:, 1:],
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from paperworks.nn import Placement
 from paperworks.train.loop import fit
 from paperworks.train.modes import evaluating
 from paperworks.train.settings import Settings
@@ -69,7 +70,7 @@ def dynamic_log_probabilities(
 
 def _scored(model: nn.Module, streams: Streams, batch: Any, scored: list[Tensor]) -> Float[Tensor, ""]:
     """Append log p of each target, and return minus their sum."""
-    logits = model(batch["tokens"], cache=streams.carried(model))
+    logits = model(batch["tokens"], Placement(cache=streams.carried(model)))
     logs = logits.double().log_softmax(-1).gather(-1, batch["targets"][..., None])
     scored.append(logs.detach().flatten())
     return -logs.sum().to(logits.dtype)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from paperworks.nn.placement import Placement
+
 IGNORED = -100
 
 # Logits widened at a time: 1 MB of float32 stays in a CPU's cache; a GPU wants work enough to fill it (256 MB).
@@ -28,26 +30,26 @@ def next_token_loss(model: nn.Module, batch: Any) -> tuple[Float[Tensor, ""], In
             Without it, each position's target is the token that follows in the row;
         "segments": int64 (batch, time), which document of a packed row a token belongs to; 0 is padding. Nothing is
             learned at padding, nor across the border of two documents;
-        "positions", "asked": int64 (batch, time), where tokens stand, and which position each is to predict: for rows
-            that are not in order (`data.orders`). With "asked" there must be "targets".
-    model: model(tokens) -> logits (batch, time, vocab), or an object that has them as `.logits`; it is called with
-        segments=, positions= and asked= where the batch has them.
+        "positions", "target_positions": int64 (batch, time), where tokens stand, and which position each is to predict:
+            for rows that are not in order (`nn.TargetPlacement`). With target positions there must be "targets".
+    model: model(tokens) -> logits (batch, time, vocab), or an object that has them as `.logits`; it is called with a
+        placement where the batch describes one.
     Raises TypeError or ValueError when the batch is not like that.
     """
-    tokens, targets, where = _parts(batch)
-    output = model(tokens, **where)
+    tokens, targets, placement = _parts(batch)
+    output = model(tokens) if placement is None else model(tokens, placement)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != tokens.shape or logits.dim() != 3:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(
             f"the model returned {got} for tokens {tuple(tokens.shape)}; logits (batch, time, vocab) are needed"
         )
-    wanted = next_targets(tokens, targets, where.get("segments"))
+    wanted = next_targets(tokens, targets, None if placement is None else placement.segments)
     cross_entropy = cross_entropy_sum if logits.numel() >= LEAN_FROM else plain_cross_entropy_sum
     return cross_entropy(logits.flatten(0, 1), wanted.flatten()), (wanted != IGNORED).sum()
 
 
-def _parts(batch: Any) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+def _parts(batch: Any) -> tuple[Tensor, Tensor | None, Placement | None]:
     if isinstance(batch, Tensor):
         batch = {"tokens": batch}
     if not isinstance(batch, Mapping) or "tokens" not in batch:
@@ -56,15 +58,16 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
             'or a mapping with "tokens" and, if wanted, "targets" and "segments"'
         )
     tokens, targets = batch["tokens"], batch.get("targets")
-    where = {name: batch[name] for name in ("segments", "positions", "asked") if batch.get(name) is not None}
     if tokens.dim() != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens is {tokens.dtype} {tuple(tokens.shape)}; int64 (batch, time) is needed")
+    placement = Placement.from_batch(batch)
+    where = {} if placement is None else {name: batch[name] for name in vars(placement) if batch.get(name) is not None}
     for name, other in (("targets", targets), *where.items()):
         if other is not None and other.shape != tokens.shape:
             raise ValueError(f"{name} has shape {tuple(other.shape)}, tokens {tuple(tokens.shape)}; they must be equal")
-    if "asked" in where and targets is None:
-        raise ValueError('the batch says which positions are "asked" for; "targets" must say what stands there')
-    return tokens, targets, where
+    if "target_positions" in where and targets is None:
+        raise ValueError('the batch has "target_positions"; "targets" must say which tokens stand there')
+    return tokens, targets, placement
 
 
 def next_targets(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from paperworks.nn import Cache
+from paperworks.nn import Cache, Placement
 from paperworks.nn.recurrent.recurrence import StateCache
 from paperworks.train.losses import next_token_loss
 
@@ -72,7 +72,7 @@ class Streams:
         Raises ValueError for another, whose cache would grow with the text and keep its gradients.
         """
         carried = self.carried(model)
-        return next_token_loss(lambda tokens: model(tokens, cache=carried), batch)  # type: ignore[arg-type]
+        return next_token_loss(lambda tokens: model(tokens, Placement(cache=carried)), batch)  # type: ignore[arg-type]
 
     def carried(self, model: nn.Module) -> Cache:
         """Return the cache that the next chunk is to be read with. Raises ValueError as `loss` does."""

@@ -30,7 +30,6 @@ def test_specs_are_values():
         (lambda: Attention(heads=0), "at least 1"),
         (lambda: Attention(heads=4, head_dim=7, position=RoPE()), "pairs of channels"),
         (lambda: Attention(heads=4, window=0), "a token sees itself"),
-        (lambda: Attention(heads=4, window=3, causal=False), "looks back only"),
         (lambda: GatedMLP(hidden=8, activation="gelo"), "one of 'relu', 'gelu'"),
         (lambda: RMSNorm(fraction=0.0), r"in \(0, 1\]"),
         (lambda: RoPE(layout="quarter"), "one of 'half', 'interleaved'"),

@@ -17,12 +17,12 @@ from paperworks.nn import (
     LayerNorm,
     LearnedPositions,
     PairedPositions,
+    Placement,
     SinusoidalPositions,
     Spec,
-    Stream,
-    open_stream,
+    TargetPlacement,
 )
-from paperworks.nn.position.absolute import PairedPositionTable
+from paperworks.nn.position.paired import PairedPositionTable
 from paperworks.testbeds.orders import AnyOrder, in_order, random_orders
 
 
@@ -45,7 +45,7 @@ def test_both_halves_read_one_table() -> None:
     table = PairedPositions(length=6).build(8)
     nn.init.normal_(table.weight)  # type: ignore[arg-type]
     positions, asked = torch.tensor([[0, 4, 2]]), torch.tensor([[4, 2, 6]])
-    stream = open_stream(2, 3, torch.device("cpu"), positions=positions, asked=asked)
+    stream = TargetPlacement(positions=positions, target_positions=asked).resolve(2, 3, torch.device("cpu"))
     out = table(torch.zeros(2, 3, 8), stream)
     weight = table.weight
     for t in range(3):
@@ -57,7 +57,7 @@ def test_both_halves_read_one_table() -> None:
 def test_asked_for_nothing_it_is_a_gpt_that_knows_the_next_position() -> None:
     gpt = model()
     tokens = torch.randint(7, (2, 9))
-    spelled = gpt(tokens, positions=torch.arange(9)[None], asked=torch.arange(1, 10)[None])
+    spelled = gpt(tokens, TargetPlacement(positions=torch.arange(9)[None], target_positions=torch.arange(1, 10)[None]))
     assert torch.equal(gpt(tokens), spelled)
 
 
@@ -87,7 +87,7 @@ def test_targets_stand_where_the_order_says() -> None:
     assert batch["tokens"].tolist() == [[9, 6, 8]]
     assert batch["targets"].tolist() == [[6, 8, 7]]
     assert batch["positions"].tolist() == [[0, 3, 1]]
-    assert batch["asked"].tolist() == [[3, 1, 2]]
+    assert batch["target_positions"].tolist() == [[3, 1, 2]]
 
 
 def test_a_curriculum_is_a_function_of_the_batch_and_runs_repeat() -> None:
@@ -96,7 +96,7 @@ def test_a_curriculum_is_a_function_of_the_batch_and_runs_repeat() -> None:
     assert torch.equal(batches[0]["positions"], torch.arange(4).repeat(4, 1))
     assert not torch.equal(batches[2]["positions"], torch.arange(4).repeat(4, 1))
     again = list(AnyOrder(rows, fraction=lambda number: float(number == 2), seed=3))
-    assert all(torch.equal(a["asked"], b["asked"]) for a, b in zip(batches, again, strict=True))
+    assert all(torch.equal(a["target_positions"], b["target_positions"]) for a, b in zip(batches, again, strict=True))
 
 
 @pytest.mark.parametrize("known", [1, 4])
@@ -108,7 +108,7 @@ def test_the_burst_equals_asking_one_at_a_time(known: int) -> None:
     found = conditionals(gpt, tokens, positions, wanted)
     for index, place in enumerate(wanted):
         asked = torch.cat((positions[1:], place[None]))[None]
-        alone = gpt(tokens, positions=positions[None], asked=asked)[:, -1].log_softmax(-1)
+        alone = gpt(tokens, TargetPlacement(positions=positions[None], target_positions=asked))[:, -1].log_softmax(-1)
         assert torch.allclose(found[:, index], alone, atol=1e-12)
 
 
@@ -116,7 +116,9 @@ def _chance(gpt: DecoderModel, order: list[int], tokens: torch.Tensor) -> float:
     """p(tokens by position), position 0 given, read in an order."""
     places = torch.tensor([order])
     batch = in_order(tokens[None], places)
-    logp = gpt(batch["tokens"], positions=batch["positions"], asked=batch["asked"]).log_softmax(-1)
+    logp = gpt(
+        batch["tokens"], TargetPlacement(positions=batch["positions"], target_positions=batch["target_positions"])
+    ).log_softmax(-1)
     return float(logp.gather(2, batch["targets"][..., None]).sum().exp())
 
 
@@ -156,9 +158,10 @@ def test_of_two_tokens_the_second_is_the_models_when_kept() -> None:
 
 
 class AskedOnly(PairedPositionTable):
-    def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
-        assert stream.asked is not None
-        return x + torch.cat((0 * self.weight[stream.asked], self.weight[stream.asked]), -1)
+    def forward(self, x: torch.Tensor, placement: Placement) -> torch.Tensor:
+        assert isinstance(placement, TargetPlacement)
+        assert placement.target_positions is not None
+        return x + torch.cat((0 * self.weight[placement.target_positions], self.weight[placement.target_positions]), -1)
 
 
 def test_where_nothing_depends_on_what_was_read_all_is_accepted_in_one_round() -> None:
@@ -192,23 +195,26 @@ def test_rejected_tokens_leave_no_trace_in_the_cache() -> None:
     cache = gpt.new_cache(1, 8)
     tokens = torch.tensor([[1, 2, 3]])
     here, asked = torch.tensor([[0, 5, 2]]), torch.tensor([[5, 2, 4]])
-    whole = gpt(tokens, positions=here, asked=asked)
-    gpt(tokens[:, :2], positions=here[:, :2], asked=asked[:, :2], cache=cache)
-    gpt(torch.tensor([[6, 6, 6]]), positions=torch.tensor([[8, 9, 10]]), asked=torch.tensor([[1, 1, 1]]), cache=cache)
+    whole = gpt(tokens, TargetPlacement(positions=here, target_positions=asked))
+    gpt(tokens[:, :2], TargetPlacement(positions=here[:, :2], target_positions=asked[:, :2], cache=cache))
+    gpt(
+        torch.tensor([[6, 6, 6]]),
+        TargetPlacement(positions=torch.tensor([[8, 9, 10]]), target_positions=torch.tensor([[1, 1, 1]]), cache=cache),
+    )
     cache.truncate(2)
-    later = gpt(tokens[:, 2:], positions=here[:, 2:], asked=asked[:, 2:], cache=cache)
+    later = gpt(tokens[:, 2:], TargetPlacement(positions=here[:, 2:], target_positions=asked[:, 2:], cache=cache))
     assert torch.allclose(later[:, 0], whole[:, 2], atol=1e-12)
 
 
 def test_caches_that_cannot_forget_say_so() -> None:
     recurrent = model(mixer=GRU(), position=SinusoidalPositions())
     cache = recurrent.new_cache(1, 4)
-    recurrent(torch.tensor([[1, 2]]), cache=cache)
+    recurrent(torch.tensor([[1, 2]]), Placement(cache=cache))
     with pytest.raises(ValueError, match="cannot be truncated"):
         cache.truncate(1)
     windowed = model(mixer=Attention(heads=2, window=2), position=SinusoidalPositions())
     cache = windowed.new_cache(1, 4)
-    windowed(torch.tensor([[1, 2, 3]]), cache=cache)
+    windowed(torch.tensor([[1, 2, 3]]), Placement(cache=cache))
     with pytest.raises(ValueError, match="cannot be truncated"):
         cache.truncate(1)
     with pytest.raises(ValueError, match="holds 3 tokens and cannot be cut to 4"):
@@ -240,10 +246,10 @@ def test_impossible_questions_are_refused() -> None:
         fill(gpt, start, torch.tensor([0]), torch.tensor([3]), orders=0)
     with pytest.raises(ValueError, match="every position"):
         in_order(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 2, 2]]))
-    with pytest.raises(ValueError, match="must say what stands there"):
-        train.next_token_loss(gpt, {"tokens": start, "asked": start})
-    with pytest.raises(ValueError, match="among must be bool"):
-        gpt(torch.tensor([[1, 2]]), among=torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="must say which tokens stand there"):
+        train.next_token_loss(gpt, {"tokens": start, "target_positions": start})
+    with pytest.raises(ValueError, match="attention_mask must be bool"):
+        gpt(torch.tensor([[1, 2]]), TargetPlacement(attention_mask=torch.ones(3, 3, dtype=torch.bool)))
     with pytest.raises(ValueError, match="even dim"):
         PairedPositions(length=4).build(5)
 
@@ -253,8 +259,9 @@ def test_each_round_asks_given_exactly_what_was_kept() -> None:
     asked_of: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], options: dict, output: torch.Tensor) -> None:
-        if options.get("among") is not None:
-            asked_of.append((options["asked"][0], output[0].log_softmax(-1)))
+        placement = inputs[1]
+        if placement.attention_mask is not None:
+            asked_of.append((placement.target_positions[0], output[0].log_softmax(-1)))
 
     handle = gpt.register_forward_hook(note, with_kwargs=True)
     order: list[int] = []

@@ -7,7 +7,7 @@ from torch import nn
 import paperworks as pw
 from paperworks import interpret
 from paperworks.models import Block, Decoder
-from paperworks.nn import Attention, GatedMLP, RMSNorm, RoPE
+from paperworks.nn import Attention, GatedMLP, Placement, RMSNorm, RoPE
 from tests.parity.families import oracle
 
 
@@ -79,7 +79,7 @@ def test_an_edited_pattern_replaces_the_fused_one(model):
     with interpret.edit(model, {"blocks.*.mixer.pattern": lambda p: torch.eye(p.shape[-1]).expand_as(p)}):
         alone = model(TOKENS)
     for index in range(TOKENS.shape[1]):  # each token saw only itself
-        single = model(TOKENS[:, index : index + 1], positions=torch.tensor([[index]]))
+        single = model(TOKENS[:, index : index + 1], Placement(positions=torch.tensor([[index]])))
         assert (single[:, 0] - alone[:, index]).abs().max() < 1e-5
     with interpret.edit(model, {"blocks.*.mixer.pattern": lambda p: p.clone()}):
         assert (model(TOKENS) - model(TOKENS)).abs().max() < 1e-5

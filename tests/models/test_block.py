@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from paperworks.models import Block
-from paperworks.nn import MLP, Attention, LayerNorm, open_stream
+from paperworks.models import Block, NoResidual, Parallel, PostNorm, PreNorm, Sandwich
+from paperworks.nn import MLP, Attention, LayerNorm, Placement
 
 DIM, HEADS, TIME = 16, 4, 9
+
+
+KINDS = {"pre": PreNorm(), "post": PostNorm(), "parallel": Parallel(), "sandwich": Sandwich(), "plain": NoResidual()}
 
 
 def block(arrangement, **options):
@@ -16,7 +19,7 @@ def block(arrangement, **options):
         norm=LayerNorm(),
         mixer=Attention(heads=HEADS, causal=False, bias=True),
         feedforward=MLP(hidden=24, activation="relu"),
-        arrangement=arrangement,
+        arrangement=KINDS.get(arrangement, arrangement),
         **options,
     )
     built = spec.build(DIM).double()
@@ -26,7 +29,7 @@ def block(arrangement, **options):
 
 
 def run(module, x):
-    return module(x, open_stream(*x.shape[:2], x.device))
+    return module(x, Placement().resolve(*x.shape[:2], x.device))
 
 
 def vectors():
@@ -80,7 +83,6 @@ def test_without_branches_pre_norm_is_the_identity_and_post_norm_the_norm():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arrangement": "pre", "shared_norm": True}, "shared_norm needs arrangement='parallel'"),
         ({"arrangement": "middle"}, "Block.arrangement must be"),
         ({"arrangement": "pre", "dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ],

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paperworks.models import Block, Decoder, count_parameters, preset
+from paperworks.models import Block, Decoder, Parallel, PostNorm, PreNorm, Sandwich, count_parameters, preset
 from paperworks.models.presets.families import presets
-from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RMSNorm
+from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, Placement, RMSNorm
 
 # Published sizes (the catalogue's `exact` entries, and the checkpoints of 3.2, smollm2-360m/1.7b and phi3-medium).
 PUBLISHED = {
@@ -133,7 +133,7 @@ def small(**changes):
         (lambda: small(dim=9), r"heads \(2\) must divide dim \(9\)"),
         (lambda: small(context=8, position=LearnedPositions(length=4)), "exceeds the 4 learned positions"),
         (lambda: small(vocab_size=0), "vocab_size must be at least 1"),
-        (lambda: replace(small().block, shared_norm=True), "needs arrangement='parallel'"),
+        (lambda: replace(small().block, arrangement="parallel"), "Block.arrangement must be"),
     ],
 )
 def test_specs_that_cannot_exist_fail_at_construction(make, message):
@@ -160,37 +160,45 @@ def test_wrong_tokens_are_refused_with_a_reason(tokens, message):
 def test_learned_positions_say_when_a_given_position_is_beyond_them():
     model = small(position=LearnedPositions(length=4)).build()
     with pytest.raises(ValueError, match="position 7 is beyond the 4"):
-        model(torch.zeros(1, 1, dtype=torch.int64), positions=torch.tensor([[7]]))
+        model(torch.zeros(1, 1, dtype=torch.int64), Placement(positions=torch.tensor([[7]])))
 
 
-def reference(block, x, stream):
+def reference(block, x, placement):
     """The four arrangements, straight from their equations."""
     mixer, feedforward = block.mixer, block.feedforward
     norm1, norm2 = block.mixer_norm, block.feedforward_norm
-    if block.arrangement == "pre":
-        x = x + mixer(norm1(x), stream)
+    if isinstance(block.arrangement, PreNorm):
+        x = x + mixer(norm1(x), placement)
         return x + feedforward(norm2(x))
-    if block.arrangement == "post":
-        x = norm1(x + mixer(x, stream))
+    if isinstance(block.arrangement, PostNorm):
+        x = norm1(x + mixer(x, placement))
         return norm2(x + feedforward(x))
-    if block.arrangement == "parallel":
-        return x + mixer(norm1(x), stream) + feedforward((norm2 or norm1)(x))
-    x = x + block.mixer_post_norm(mixer(norm1(x), stream))
+    if isinstance(block.arrangement, Parallel):
+        return x + mixer(norm1(x), placement) + feedforward((norm2 or norm1)(x))
+    x = x + block.mixer_post_norm(mixer(norm1(x), placement))
     return x + block.feedforward_post_norm(feedforward(norm2(x)))
 
 
-@pytest.mark.parametrize("arrangement", ["pre", "post", "parallel", "sandwich", "shared"])
-def test_block_arrangements_are_their_equations(arrangement):
-    from paperworks.nn import open_stream
+ARRANGEMENTS = {
+    "pre": PreNorm(),
+    "post": PostNorm(),
+    "parallel": Parallel(),
+    "sandwich": Sandwich(),
+    "shared": Parallel(shared_norm=True),
+}
 
-    shared = arrangement == "shared"
-    spec = replace(small().block, arrangement="parallel" if shared else arrangement, shared_norm=shared)
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_block_arrangements_are_their_equations(arrangement):
+    from paperworks.nn import Placement
+
+    spec = replace(small().block, arrangement=ARRANGEMENTS[arrangement])
     block = spec.build(8).double()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, 5, 8, dtype=torch.float64)
-    stream = open_stream(2, 5, x.device)
-    assert (block(x, stream) - reference(block, x, stream)).abs().max() < 1e-12
+    placement = Placement().resolve(2, 5, x.device)
+    assert (block(x, placement) - reference(block, x, placement)).abs().max() < 1e-12
 
 
 def test_tied_unembedding_is_one_tensor_and_gets_both_gradients():
@@ -226,5 +234,5 @@ def test_positions_may_be_shifted_under_rope_without_a_change():
     mixer = Attention(heads=2, position=RoPE())
     model = small(block=Block(norm=RMSNorm(), mixer=mixer, feedforward=MLP(hidden=8))).build()
     tokens = torch.randint(0, 11, (1, 6))
-    shifted = model(tokens, positions=torch.arange(6)[None] + 1000)
+    shifted = model(tokens, Placement(positions=torch.arange(6)[None] + 1000))
     assert (shifted - model(tokens)).abs().max() < 1e-4

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from paperworks.models import Block, Encoder, count_parameters
+from paperworks.models import Block, Encoder, PostNorm, count_parameters
 from paperworks.models.encoder import MaskedLMHead, Pooler, pool, segments_of
-from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, Spec
+from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, Placement, Spec
 
 
 def spec(**options):
     block = Block(
         norm=LayerNorm(),
-        arrangement="post",
+        arrangement=PostNorm(),
         mixer=Attention(heads=4, causal=False, bias=True),
         feedforward=MLP(hidden=24),
     )
@@ -58,17 +58,18 @@ def test_the_content_of_padding_changes_no_bit_and_its_length_next_to_none():
     segments = segments_of(torch.tensor([9, 5]))
     other = torch.where(segments > 0, tokens, (tokens + 3) % 31)
     assert torch.equal(
-        encoder(tokens, segments=segments)[segments > 0], encoder(other, segments=segments)[segments > 0]
+        encoder(tokens, Placement(segments=segments))[segments > 0],
+        encoder(other, Placement(segments=segments))[segments > 0],
     )
     alone = encoder(tokens[1:, :5])
-    assert (encoder(tokens, segments=segments)[1:, :5] - alone).abs().max() < 1e-12
+    assert (encoder(tokens, Placement(segments=segments))[1:, :5] - alone).abs().max() < 1e-12
 
 
 @torch.no_grad()
 def test_packed_sentences_do_not_see_each_other():
     encoder, one, other = model(), ids(1, 4), ids(1, 6)
     segments = torch.tensor([[1] * 4 + [2] * 6])
-    packed = encoder(torch.cat((one, other), 1), segments=segments)
+    packed = encoder(torch.cat((one, other), 1), Placement(segments=segments))
     assert (packed - torch.cat((encoder(one), encoder(other)), 1)).abs().max() < 1e-12
 
 

@@ -13,6 +13,7 @@ from paperworks.models.heads import TaskModel
 from paperworks.models.presets.gpt import gpt1, gpt3
 from paperworks.models.presets.openelm import openelm
 from paperworks.models.surgery.vocabulary import with_more_tokens
+from paperworks.nn import Placement
 from paperworks.train.tasks import task_accuracy, task_loss
 
 SIZES = {
@@ -58,7 +59,7 @@ def test_openelm_layers_of_unequal_size_decode_from_their_caches() -> None:
     model = spec.build().double().eval()
     tokens = torch.randint(50, (2, 9))
     cache = model.new_cache(2, 9)
-    steps = [model(tokens[:, t : t + 1], cache=cache) for t in range(9)]
+    steps = [model(tokens[:, t : t + 1], Placement(cache=cache)) for t in range(9)]
     assert torch.allclose(torch.cat(steps, 1), model(tokens), atol=1e-10)
     with pytest.raises(ValueError, match="depth 2 or more"):
         openelm(32, 1, 4)
@@ -70,7 +71,7 @@ def test_gpt3_alternates_full_and_banded_layers() -> None:
     assert [block.mixer.window for block in spec.blocks] == [None, 3]
     mixer = spec.blocks[1].mixer.build(16).double()
     torch.nn.init.normal_(mixer.output.weight)
-    from paperworks.nn import open_stream
+    from paperworks.nn import Placement
 
     x = torch.randn(1, 10, 16, dtype=torch.float64)
     heads = {name: getattr(mixer, name)(x).unflatten(-1, (2, 8)).transpose(1, 2) for name in ("query", "key", "value")}
@@ -79,7 +80,7 @@ def test_gpt3_alternates_full_and_banded_layers() -> None:
     hidden = (at > at[:, None]) | (at <= at[:, None] - 3)
     naive = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ heads["value"]
     expected = mixer.output(naive.transpose(1, 2).flatten(2))
-    assert torch.allclose(mixer(x, open_stream(1, 10, x.device)), expected, atol=1e-12)
+    assert torch.allclose(mixer(x, Placement().resolve(1, 10, x.device)), expected, atol=1e-12)
 
 
 def small() -> DecoderModel:
@@ -95,7 +96,8 @@ def test_more_tokens_leave_the_old_logits_as_they_were(tied: bool) -> None:
     tokens = torch.randint(11, (2, 7))
     assert more.spec.vocab_size == 14
     assert more(torch.tensor([[13]])).shape == (1, 1, 14)
-    assert torch.equal(more(tokens)[..., :11], model(tokens))
+    # products of other shapes add in another order: a few units in the last place of logits near 1
+    assert (more(tokens)[..., :11] - model(tokens)).abs().max() < 1e-14
     assert (more.unembedding.weight is more.embedding.weight) == tied
     with torch.no_grad():
         more.blocks[0].mixer.query.weight.zero_()

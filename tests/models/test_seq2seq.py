@@ -7,12 +7,21 @@ import pytest
 import torch
 
 from paperworks.generation import Sampling, beam_search, decode, generate
-from paperworks.models import Block, Decoder, Encoder, Seq2Seq, count_parameters
+from paperworks.models import Block, Decoder, Encoder, Parallel, PostNorm, PreNorm, Sandwich, Seq2Seq, count_parameters
 from paperworks.models.encoder import segments_of
-from paperworks.nn import MLP, Attention, CrossAttention, LayerNorm, RelativeBuckets, SinusoidalPositions, Spec
+from paperworks.nn import (
+    MLP,
+    Attention,
+    CrossAttention,
+    LayerNorm,
+    Placement,
+    RelativeBuckets,
+    SinusoidalPositions,
+    Spec,
+)
 
 
-def spec(arrangement="post", **options):
+def spec(arrangement=PostNorm(), **options):
     block = Block(
         norm=LayerNorm(), arrangement=arrangement, mixer=Attention(heads=4, causal=False), feedforward=MLP(hidden=24)
     )
@@ -86,11 +95,11 @@ def test_the_original_arrangement_is_torchs_transformer():
         memory_key_padding_mask=segments == 0,
     )
     expected = out @ net.encoder.embedding.weight.t()
-    assert (net(source, target, source_segments=segments) - expected).abs().max() < 1e-12
+    assert (net(source, target, source_placement=Placement(segments=segments)) - expected).abs().max() < 1e-12
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arrangement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("arrangement", [PreNorm(), PostNorm(), Sandwich()])
 def test_a_target_token_changes_nothing_before_it_and_the_source_everything(arrangement):
     net, source, target = model(arrangement=arrangement), ids(2, 7), ids(2, 6, seed=2)
     logits = net(source, target)
@@ -106,9 +115,9 @@ def test_a_target_token_changes_nothing_before_it_and_the_source_everything(arra
 def test_padding_of_the_source_is_not_read():
     net, source, target = model(), ids(2, 7), ids(2, 6, seed=2)
     segments = segments_of(torch.tensor([7, 4]))
-    logits = net(source, target, source_segments=segments)
+    logits = net(source, target, source_placement=Placement(segments=segments))
     other = torch.where(segments > 0, source, (source + 3) % 31)
-    assert torch.equal(net(other, target, source_segments=segments), logits)
+    assert torch.equal(net(other, target, source_placement=Placement(segments=segments)), logits)
     assert (net(source[1:, :4], target[1:]) - logits[1:]).abs().max() < 1e-12
 
 
@@ -116,9 +125,9 @@ def test_padding_of_the_source_is_not_read():
 def test_the_decoder_decodes_in_chunks():
     net, source, target = model(), ids(2, 7), ids(2, 6, seed=2)
     whole = net(source, target)
-    given = net.given(source)
+    given = net.conditioned(source)
     cache = given.new_cache(2, 6)
-    parts = [given(target[:, start:end], cache=cache) for start, end in ((0, 1), (1, 4), (4, 6))]
+    parts = [given(target[:, start:end], Placement(cache=cache)) for start, end in ((0, 1), (1, 4), (4, 6))]
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-12
     assert cache.bytes() > 0
 
@@ -130,17 +139,17 @@ def test_greedy_decoding_and_one_beam_take_the_likeliest_token():
     expected = start
     for _ in range(5):
         expected = torch.cat((expected, net(source, expected)[:, -1].argmax(-1, keepdim=True)), 1)
-    steps = decode(net.given(source), start, max_new_tokens=5, sampling=Sampling(temperature=0.0))
+    steps = decode(net.conditioned(source), start, max_new_tokens=5, sampling=Sampling(temperature=0.0))
     assert torch.equal(torch.stack(list(steps), 1), expected[:, 1:])
-    assert torch.equal(beam_search(net.given(source), start, beams=1, max_new_tokens=5), expected[:, 1:])
-    assert torch.equal(generate(net.given(source), start, max_new_tokens=5, temperature=0.0), expected[:, 1:])
+    assert torch.equal(beam_search(net.conditioned(source), start, beams=1, max_new_tokens=5), expected[:, 1:])
+    assert torch.equal(generate(net.conditioned(source), start, max_new_tokens=5, temperature=0.0), expected[:, 1:])
 
 
 @torch.no_grad()
 def test_enough_beams_find_the_likeliest_sequence():
     net, source = model(), ids(2, 5)
     start = torch.zeros(2, 1, dtype=torch.int64)
-    found = beam_search(net.given(source), start, beams=31 * 31, max_new_tokens=2)
+    found = beam_search(net.conditioned(source), start, beams=31 * 31, max_new_tokens=2)
     pairs = torch.cartesian_prod(torch.arange(31), torch.arange(31))
     for row in range(2):
         targets = torch.cat((torch.zeros(len(pairs), 1, dtype=torch.int64), pairs), 1)[:, :2]
@@ -156,11 +165,11 @@ def test_the_transformers_length_penalty_prefers_longer_texts():
     start, lengths = torch.zeros(6, 1, dtype=torch.int64), []
     for alpha in (0.0, 8.0):
         options = {"beams": 4, "max_new_tokens": 8, "stop_tokens": list(range(20)), "pad": -1}
-        found = beam_search(net.given(source), start, length_penalty=alpha, length_offset=5.0, **options)
+        found = beam_search(net.conditioned(source), start, length_penalty=alpha, length_offset=5.0, **options)
         lengths.append((found >= 0).sum().item())
     assert lengths[1] > lengths[0]
     with pytest.raises(ValueError, match="length_offset must be at least 0"):
-        beam_search(net.given(source), start, beams=2, max_new_tokens=2, length_offset=-1.0)
+        beam_search(net.conditioned(source), start, beams=2, max_new_tokens=2, length_offset=-1.0)
 
 
 def test_one_table_serves_both_and_survives_a_round_trip():
@@ -195,6 +204,6 @@ def test_parts_that_do_not_fit_say_so():
     with pytest.raises(ValueError, match="source has 2 rows and target 3"):
         model()(ids(2, 4), ids(3, 4))
     with pytest.raises(ValueError, match="there are 2 sources and 3 rows"):
-        model().given(ids(2, 4))(ids(3, 1))
+        model().conditioned(ids(2, 4))(ids(3, 1))
     with pytest.raises(ValueError, match="needs one part after the other"):
-        replace(plain.block, arrangement="parallel")
+        replace(plain.block, arrangement=Parallel())

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paperworks.models import Block, Decoder
-from paperworks.nn import Attention, GatedMLP, LayerNorm, RMSNorm, RoPE, Spec, open_stream
+from paperworks.models import Block, Decoder, Parallel
+from paperworks.nn import Attention, GatedMLP, LayerNorm, Placement, RMSNorm, RoPE, Spec
 from tests.nn.mixers import LENGTH_FREE, MIXERS
 
 # One of each kind: compiling takes seconds.
@@ -44,7 +44,9 @@ def feed(model, tokens, sizes, segments=None, extra=0):
     outputs, start = [], 0
     for size in sizes:
         here = slice(start, start + size)
-        outputs.append(model(tokens[:, here], cache=cache, segments=None if segments is None else segments[:, here]))
+        outputs.append(
+            model(tokens[:, here], Placement(cache=cache, segments=None if segments is None else segments[:, here]))
+        )
         start += size
     return torch.cat(outputs, 1)
 
@@ -75,9 +77,9 @@ def test_left_padding_changes_nothing(name, feeding, padding):
     padded = torch.cat((torch.zeros(batch, padding, dtype=torch.int64), tokens), 1)
     segments = torch.cat((torch.zeros(batch, padding, dtype=torch.int64), torch.ones_like(tokens)), 1)
     whole = model(tokens)
-    assert (model(padded, segments=segments)[:, padding:] - whole).abs().max() < 1e-10
+    assert (model(padded, Placement(segments=segments))[:, padding:] - whole).abs().max() < 1e-10
     assert (feed(model, padded, [padding, *sizes], segments)[:, padding:] - whole).abs().max() < 1e-10
-    assert torch.isfinite(model(padded, segments=segments)).all()
+    assert torch.isfinite(model(padded, Placement(segments=segments))).all()
 
 
 @pytest.mark.parametrize("name", LENGTH_FREE)
@@ -88,7 +90,7 @@ def test_packed_documents_never_see_each_other(name):
     packed = torch.cat(documents, 1)
     segments = torch.cat([torch.full_like(document, index + 1) for index, document in enumerate(documents)], 1)
     apart = torch.cat([model(document) for document in documents], 1)
-    assert (model(packed, segments=segments) - apart).abs().max() < 1e-10
+    assert (model(packed, Placement(segments=segments)) - apart).abs().max() < 1e-10
     assert (feed(model, packed, [2, 9, 5], segments) - apart).abs().max() < 1e-10
     assert (feed(model, packed, [1] * 16, segments) - apart).abs().max() < 1e-10
 
@@ -110,7 +112,7 @@ def test_gradients_are_the_derivatives(name):
     x = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
 
     def run(x):
-        return mixer(x, open_stream(2, 6, x.device))
+        return mixer(x, Placement().resolve(2, 6, x.device))
 
     torch.autograd.gradcheck(run, (x,), atol=1e-6)
 
@@ -126,7 +128,7 @@ def test_mixers_round_trip_through_json(name):
 @torch.no_grad()
 def test_a_model_may_mix_any_two_kinds_and_still_decodes_in_chunks():
     block = Block(norm=RMSNorm(), mixer=MIXERS["window"], feedforward=GatedMLP(hidden=24))
-    other = Block(norm=RMSNorm(), mixer=MIXERS["multi-query"], arrangement="parallel", feedforward=GatedMLP(hidden=8))
+    other = Block(norm=RMSNorm(), mixer=MIXERS["multi-query"], arrangement=Parallel(), feedforward=GatedMLP(hidden=8))
     spec = Decoder(vocab_size=31, dim=16, depth=3, block=(block, other, block), norm=None)
     model = spec.build().double()
     tokens = torch.randint(0, 31, (2, 13))
@@ -138,10 +140,10 @@ def test_cache_rows_can_be_reordered():
     model = model_of(MIXERS["window"])
     tokens = torch.randint(0, 31, (3, 9))
     cache = model.new_cache(3, 9)
-    model(tokens[:, :7], cache=cache)
+    model(tokens[:, :7], Placement(cache=cache))
     rows = torch.tensor([2, 0])
     cache.reorder(rows)
-    assert (model(tokens[rows, 7:], cache=cache) - model(tokens[rows])[:, 7:]).abs().max() < 1e-10
+    assert (model(tokens[rows, 7:], Placement(cache=cache)) - model(tokens[rows])[:, 7:]).abs().max() < 1e-10
 
 
 @torch.no_grad()
@@ -173,6 +175,6 @@ def test_compiled_model_gives_the_same_numbers(name):
 def test_cache_that_is_full_says_so():
     model = model_of(MIXERS["plain"])
     cache = model.new_cache(1, 4)
-    model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
+    model(torch.zeros(1, 3, dtype=torch.int64), Placement(cache=cache))
     with pytest.raises(ValueError, match="holds 4 tokens and 3 are in it: no room for 2"):
-        model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
+        model(torch.zeros(1, 2, dtype=torch.int64), Placement(cache=cache))

@@ -12,7 +12,7 @@ from torch import nn
 
 from paperworks import adapt
 from paperworks.models import Block, Decoder
-from paperworks.nn import MLGRU, Attention, BitLinear, GatedMLP, RMSNorm, RoPE, Spec
+from paperworks.nn import MLGRU, Attention, BitLinear, GatedMLP, Placement, RMSNorm, RoPE, Spec
 from paperworks.nn.recurrent.mlgru import forget_bounds
 from paperworks.nn.ternary import SMALLEST, TernaryLinear, eight_bits, pack, ternary, unpack
 
@@ -129,7 +129,7 @@ def test_one_field_makes_a_model_ternary_and_it_decodes():
     assert isinstance(model.unembedding, nn.Linear)  # embedding and head stay in high precision
     tokens = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(2, 9)
-    parts = [model(tokens[:, :4], cache=cache), model(tokens[:, 4:], cache=cache)]
+    parts = [model(tokens[:, :4], Placement(cache=cache)), model(tokens[:, 4:], Placement(cache=cache))]
     assert (torch.cat(parts, 1) - model(tokens)).abs().max() < 1e-10
     torch.manual_seed(0)
     plain = bitnet(linear=None).build()
@@ -156,7 +156,7 @@ def test_bounds_rise_from_zero_and_stay_below_one():
 @torch.no_grad()
 @pytest.mark.parametrize("gate", ["paper", "reference"])
 def test_the_mlgru_is_its_recurrence(gate):
-    from paperworks.nn import open_stream
+    from paperworks.nn import Placement
 
     torch.manual_seed(0)
     module = MLGRU(gate=gate, lower_bound=0.25).build(6).double()
@@ -172,4 +172,4 @@ def test_the_mlgru_is_its_recurrence(gate):
     else:
         rms = g * torch.rsqrt(g.square().mean(-1, keepdim=True) + 1e-6)
         expected = module.output(rms * module.norm.weight * nn.functional.silu(h))
-    assert (module(x, open_stream(2, 7, x.device)) - expected).abs().max() < 1e-13
+    assert (module(x, Placement().resolve(2, 7, x.device)) - expected).abs().max() < 1e-13

@@ -10,7 +10,7 @@ from paperworks.checkpoints import from_transformers, load_folder, save_folder
 from paperworks.core.errors import AssetUnavailable
 from paperworks.data.assets import assets
 from paperworks.models.encoder import MaskedLMHead, pool, segments_of
-from paperworks.nn import LayerNorm
+from paperworks.nn import LayerNorm, Placement
 
 pytestmark = pytest.mark.parity
 
@@ -46,7 +46,7 @@ def test_hidden_states_the_pooler_and_both_heads_equal_transformers():
     ours = from_transformers(theirs)
     tokens, kinds, segments = inputs()
     expected = theirs.bert(tokens, attention_mask=segments, token_type_ids=kinds)
-    hidden = ours(tokens, segments=segments, token_types=kinds)
+    hidden = ours(tokens, Placement(segments=segments), token_types=kinds)
     real = segments > 0
     assert (hidden - expected.last_hidden_state)[real].abs().max() < 1e-12
     assert (ours.pooler(hidden, segments) - expected.pooler_output).abs().max() < 1e-12
@@ -85,7 +85,7 @@ def test_files_of_any_of_its_classes_are_read_and_ours_are_read_there(saved, tmp
     ours = load_folder(tmp_path / "theirs")
     tokens, kinds, segments = inputs()
     expected = base(tokens, attention_mask=segments, token_type_ids=kinds).last_hidden_state
-    assert (ours(tokens, segments=segments, token_types=kinds) - expected)[segments > 0].abs().max() < 1e-5
+    assert (ours(tokens, Placement(segments=segments), token_types=kinds) - expected)[segments > 0].abs().max() < 1e-5
     assert ours.spec.pooler == (saved != "without a pooler")
     if ours.spec.pooler:
         save_folder(ours, tmp_path / "ours")
@@ -93,7 +93,7 @@ def test_files_of_any_of_its_classes_are_read_and_ours_are_read_there(saved, tmp
         found = back(tokens, attention_mask=segments, token_type_ids=kinds)
         assert (found.last_hidden_state - expected)[segments > 0].abs().max() < 1e-5
         assert (
-            found.pooler_output - ours.pooler(ours(tokens, segments=segments, token_types=kinds))
+            found.pooler_output - ours.pooler(ours(tokens, Placement(segments=segments), token_types=kinds))
         ).abs().max() < 1e-5
 
 
@@ -128,7 +128,7 @@ def test_minilm_embeds_sentences_as_transformers_does():
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows])
     segments = segments_of(lengths)
-    embedded = functional.normalize(pool(ours(tokens, segments=segments), segments), dim=-1)
+    embedded = functional.normalize(pool(ours(tokens, Placement(segments=segments)), segments), dim=-1)
     hidden = theirs(tokens, attention_mask=segments).last_hidden_state
     expected = functional.normalize((hidden * segments[..., None]).sum(1) / lengths[:, None], dim=-1)
     assert (embedded - expected).abs().max() < 1e-5

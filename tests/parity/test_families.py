@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
+from paperworks.nn import Placement
 from tests.parity.families import FAMILIES, oracle
 
 pytestmark = pytest.mark.parity
@@ -55,7 +56,7 @@ def test_left_padded_logits_equal_transformers(pair):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = theirs(tokens, attention_mask=mask, position_ids=positions).logits
     real = mask.bool()
-    assert _difference(ours(tokens, segments=mask)[real], expected[real]) <= SINGLE
+    assert _difference(ours(tokens, Placement(segments=mask))[real], expected[real]) <= SINGLE
 
 
 @torch.no_grad()
@@ -66,8 +67,8 @@ def test_cached_logits_equal_transformers_cached_ones(pair):
     first = theirs(tokens[:, :split], use_cache=True)
     second = theirs(tokens[:, split:], past_key_values=first.past_key_values, use_cache=True).logits
     cache = ours.new_cache(2, TIME)
-    assert _difference(ours(tokens[:, :split], cache=cache), first.logits) <= SINGLE
-    assert _difference(ours(tokens[:, split:], cache=cache), second) <= SINGLE
+    assert _difference(ours(tokens[:, :split], Placement(cache=cache)), first.logits) <= SINGLE
+    assert _difference(ours(tokens[:, split:], Placement(cache=cache)), second) <= SINGLE
 
 
 def test_gradients_equal_transformers(pair):

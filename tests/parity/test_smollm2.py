@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from paperworks.nn import Placement
+
 pytestmark = [pytest.mark.parity, pytest.mark.asset, pytest.mark.slow]
 
 # float32 sums of up to 1,536 terms in 30 layers, ordered differently; logits reach 30.
@@ -73,14 +75,14 @@ def test_left_padded_rows_equal_transformers(smollm2, theirs):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
     real = mask.bool()
-    assert float((smollm2(ids, segments=mask)[real] - expected[real]).abs().max()) <= LOGITS
+    assert float((smollm2(ids, Placement(segments=mask))[real] - expected[real]).abs().max()) <= LOGITS
 
 
 @torch.no_grad()
 def test_cached_logits_equal_those_of_the_whole_text(smollm2):
     ids = tokens(smollm2, TEXT)
     cache = smollm2.new_cache(1, ids.shape[1])
-    parts = [smollm2(part, cache=cache) for part in ids.split(5, dim=1)]
+    parts = [smollm2(part, Placement(cache=cache)) for part in ids.split(5, dim=1)]
     assert float((torch.cat(parts, 1) - smollm2(ids)).abs().max()) <= CACHED
 
 

@@ -8,6 +8,7 @@ import paperworks as pw
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
 from paperworks.models.encoder import segments_of
 from paperworks.models.presets.t5 import switch
+from paperworks.nn import Placement
 
 pytestmark = pytest.mark.parity
 
@@ -40,7 +41,7 @@ def test_logits_and_gradients_equal_transformers() -> None:
     ours = from_transformers(theirs).eval()
     source, target, segments = inputs()
     expected = theirs(input_ids=source, attention_mask=segments, decoder_input_ids=target).logits
-    found = ours(source, target, source_segments=segments)
+    found = ours(source, target, source_placement=Placement(segments=segments))
     assert expected.std() > 0.05
     assert (found - expected).abs().max() < 1e-4
     upstream = torch.randn(2, 17, 97, generator=torch.Generator().manual_seed(2))

@@ -10,6 +10,7 @@ from paperworks.checkpoints.hf_config import spec_from_config
 from paperworks.generation import Sampling, decode
 from paperworks.models.encoder import segments_of
 from paperworks.models.presets.families import t5
+from paperworks.nn import Placement
 from paperworks.nn.position.relative import bucket
 
 pytestmark = pytest.mark.parity
@@ -56,7 +57,7 @@ def test_logits_equal_transformers_with_padding(pair):
     source, target, segments = inputs()
     expected = theirs(input_ids=source, attention_mask=segments, decoder_input_ids=target).logits
     assert expected.std() > 0.05
-    assert (ours(source, target, source_segments=segments) - expected).abs().max() < 1e-4
+    assert (ours(source, target, source_placement=Placement(segments=segments)) - expected).abs().max() < 1e-4
 
 
 def test_gradients_equal_transformers_for_the_shared_table_too(pair):
@@ -88,7 +89,12 @@ def test_greedy_continuations_equal_transformers(pair):
     settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = theirs.generate(input_ids=source, attention_mask=segments, **settings)[:, 1:]
     start = torch.zeros(2, 1, dtype=torch.int64)
-    steps = decode(ours.given(source, segments=segments), start, max_new_tokens=9, sampling=Sampling(temperature=0.0))
+    steps = decode(
+        ours.conditioned(source, Placement(segments=segments)),
+        start,
+        max_new_tokens=9,
+        sampling=Sampling(temperature=0.0),
+    )
     assert torch.equal(torch.stack(list(steps), 1), expected)
 
 

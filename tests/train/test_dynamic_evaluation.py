@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from paperworks.models import Block, Decoder
+from paperworks.models import Block, Decoder, NoResidual
 from paperworks.nn import Elman
 from paperworks.nn.identity_norm import NoNorm
 from paperworks.train.dynamic_evaluation import dynamic_log_probabilities, stream_log_probabilities
@@ -15,7 +15,7 @@ from .small import same_bits, weights
 
 def model(dropout=0.0):
     torch.manual_seed(0)
-    block = Block(norm=NoNorm(), arrangement="plain", mixer=Elman(activation="sigmoid"), dropout=dropout)
+    block = Block(norm=NoNorm(), arrangement=NoResidual(), mixer=Elman(activation="sigmoid"), dropout=dropout)
     return Decoder(vocab_size=7, dim=6, depth=1, block=block, norm=None, init_std=0.4).build().double()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from paperworks import train
-from paperworks.models import Block, Decoder
+from paperworks.models import Block, Decoder, NoResidual
 from paperworks.nn import GRU, LSTM, Attention, Elman, Mamba
 from paperworks.nn.identity_norm import NoNorm
 from paperworks.train.streams import Streams
@@ -18,7 +18,7 @@ from .small import same_bits, weights
 
 def model(mixer=None, seed=0):
     torch.manual_seed(seed)
-    block = Block(norm=NoNorm(), arrangement="plain", mixer=mixer or LSTM())
+    block = Block(norm=NoNorm(), arrangement=NoResidual(), mixer=mixer or LSTM())
     return Decoder(vocab_size=7, dim=6, depth=2, block=block, norm=None, init_std=0.4).build().double()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paperworks.core.errors import unknown
 from paperworks.interpret.residual import head_outputs, residual_stream
 from paperworks.interpret.taps import edit, record
-from paperworks.nn.placement import open_stream
+from paperworks.nn.placement import Placement
 
 Feature = Callable[[Tensor], Tensor]  # data (rows, ...) -> labels (rows,) or (rows, parts), int64
 
@@ -214,7 +214,7 @@ def _head(block: Any, head: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         }
         x = streams[0]
         with edit(block.mixer, edits), record(block.mixer, "heads") as seen:
-            block.mixer(x, open_stream(len(x), x.shape[1], x.device))
+            block.mixer(x, Placement().resolve(len(x), x.shape[1], x.device))
         return head_outputs(seen["heads"], block.mixer.output)[:, :, head]
 
     return compute

@@ -40,10 +40,10 @@ class EdgeGraph:
         rows: list[int] = []  # how many senders come before each receiver
         for index, block in enumerate(self.blocks):
             attends = all(hasattr(block.mixer, name) for name in ("query", "key", "value", "heads", "output"))
-            if block.arrangement != "pre" or not attends:
+            if not block.arrangement.plain_branches or not attends:
                 raise ValueError(
-                    f"block {index} is {block.arrangement!r} with a {type(block.mixer).__name__}; edges are known for "
-                    "'pre' blocks with attention"
+                    f"block {index} is arranged as {block.arrangement} with a {type(block.mixer).__name__}; edges are "
+                    "known for PreNorm() blocks with attention"
                 )
             for part, count in zip("qkv", _inputs(block), strict=True):
                 self.receivers += [f"{index}.{head}.{part}" for head in range(count)]

@@ -37,8 +37,9 @@ def norm_readers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        if getattr(module, "arrangement", "pre") != "pre":
-            raise ValueError(f"{path} is a {module.arrangement!r} block; only the norms of 'pre' blocks can be folded")
+        arrangement = getattr(module, "arrangement", None)
+        if arrangement is not None and not arrangement.plain_branches:
+            raise ValueError(f"{path} is arranged as {arrangement}; only the norms of PreNorm() blocks can be folded")
         if name in _BLOCK_READERS and parent and not isinstance(module, nn.Identity):
             readers = tuple(f"{parent}.{leaf}" for leaf in _BLOCK_READERS[name] if f"{parent}.{leaf}" in modules)
             if not readers:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paperworks.models.classic.clipped_backward import clipped_backward
-from paperworks.nn import LSTM, Spec, Tap, open_stream
+from paperworks.nn import LSTM, Placement, Spec, Tap
 from paperworks.nn.mixture_density import StrokeDensity, StrokeMixture
 from paperworks.nn.recurrent.recurrence import StateCache
 
@@ -136,8 +136,8 @@ class HandwritingModel(nn.Module):
         hidden, windows, pen = self._read(strokes, shown, pen)
         states, given = [hidden], torch.cat((strokes, windows), -1)
         for layer, cache in zip(list(self.layers)[1:], pen.above, strict=True):
-            stream = open_stream(len(strokes), strokes.shape[1], strokes.device).at(cache)
-            states.append(layer(clipped_backward(torch.cat((given, states[-1]), -1), LSTM_LIMIT), stream))
+            placement = Placement().resolve(len(strokes), strokes.shape[1], strokes.device).at(cache)
+            states.append(layer(clipped_backward(torch.cat((given, states[-1]), -1), LSTM_LIMIT), placement))
         return clipped_backward(self.density(torch.cat(states, -1)), OUTPUT_LIMIT), pen
 
     def _read(self, strokes: Tensor, shown: Tensor, pen: Pen) -> tuple[Tensor, Tensor, Pen]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal, overload
 
 from paperworks.core.errors import unknown
+from paperworks.models.arrangement import Parallel, Sandwich
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
 from paperworks.models.presets.afm import afm_on_device
@@ -105,7 +106,7 @@ def gemma2(
     base = gemma(dim, depth, heads, kv_heads, hidden)
     assert isinstance(base.block, Block)
     mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, position=RoPE(), soft_cap=50.0, scale=scale)
-    full = replace(base.block, arrangement="sandwich", mixer=mixer)
+    full = replace(base.block, arrangement=Sandwich(), mixer=mixer)
     local = replace(full, mixer=replace(mixer, window=4096))
     blocks = tuple(full if layer % 2 else local for layer in range(depth))
     return replace(base, block=blocks, logit_soft_cap=30.0)
@@ -121,7 +122,7 @@ def pythia(dim: int, depth: int, heads: int, vocab_size: int = 50_304) -> Decode
         norm=LayerNorm(),
         block=Block(
             norm=LayerNorm(),
-            arrangement="parallel",
+            arrangement=Parallel(),
             mixer=Attention(heads=heads, bias=True, position=RoPE(fraction=0.25)),
             feedforward=MLP(hidden=4 * dim, activation="gelu"),
         ),

@@ -1,5 +1,6 @@
 """GPT, GPT-2 and GPT-3, and BLOOM, which is GPT with ALiBi."""
 
+from paperworks.models.arrangement import PostNorm
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
 from paperworks.nn import MLP, ALiBi, Attention, LayerNorm, LearnedPositions
@@ -18,7 +19,7 @@ def gpt1(dim: int = 768, depth: int = 12, heads: int = 12, *, vocab_size: int = 
         norm=None,
         block=Block(
             norm=LayerNorm(),
-            arrangement="post",
+            arrangement=PostNorm(),
             mixer=Attention(heads=heads, bias=True, dropout=0.1),
             feedforward=MLP(hidden=4 * dim, activation="gelu_tanh"),
             dropout=0.1,

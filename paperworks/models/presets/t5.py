@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from torch import nn
+
+from paperworks.core.initialization import Context, Initialization
+from paperworks.core.linear import features, is_linear_like
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder
 from paperworks.models.encoder import Encoder
@@ -19,6 +23,37 @@ from paperworks.nn import (
     RMSNorm,
     TopKRouter,
 )
+from paperworks.nn.attention.attention import AttentionModule
+from paperworks.nn.position.relative import RelativeBucketTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Initialization(Initialization):
+    """N(0, 1 / inputs) for every linear layer, queries over sqrt(head_dim) more where scores are not scaled.
+
+    This is what stands in for T5's missing scale (Raffel et al. 2019, arXiv:1910.10683; mesh-tensorflow). Tables of
+    relative positions get N(0, 1 / dim).
+    """
+
+    def draw(self, module: nn.Module, context: Context) -> None:
+        """Draw one module in place; embeddings by the usual rule."""
+        weight = getattr(module, "weight", None)
+        if is_linear_like(module) and isinstance(weight, nn.Parameter):
+            weight.normal_(0.0, features(module)[0] ** -0.5)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, nn.Parameter):
+                bias.zero_()
+        else:
+            super().draw(module, context)
+
+    def finish(self, module: nn.Module, context: Context) -> None:
+        """Scale the queries, and draw the tables of positions."""
+        if not isinstance(module, AttentionModule):
+            return
+        if module.spec.scale == 1.0:
+            module.query.weight.mul_(module.head_dim**-0.5)
+        if isinstance(module.relative, RelativeBucketTable):
+            module.relative.weight.normal_(0.0, module.query.in_features**-0.5)
 
 
 def t5(
@@ -61,7 +96,7 @@ def t5(
         depth=depth,
         norm=norm,
         dropout=dropout,
-        init="fan_in",
+        init=T5Initialization(),
         embedding_std=1.0,
         block=block,
     )
@@ -71,7 +106,7 @@ def t5(
         depth=depth,
         norm=norm,
         dropout=dropout,
-        init="fan_in",
+        init=T5Initialization(),
         embedding_std=1.0,
         block=replace(block, mixer=writing, cross=cross),
         tied=tied,

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from paperworks.core.initialization import initialize
 from paperworks.models.block import Block
 from paperworks.models.decoder import Decoder, DecoderModel
 from paperworks.models.surgery.rebuilding import rebuilt, require_plain
@@ -101,12 +101,7 @@ def _chosen(spec: Decoder, layers: Iterable[int] | None) -> list[int]:
 
 
 def _fresh_router(model: DecoderModel, router: Router, count: int, top: int) -> dict[str, Tensor]:
-    """Return a router's weights as a new model has them."""
+    """A router's weights as a new model has them."""
     module = router.build(model.spec.dim, count, top)
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            part.weight.normal_(0.0, model.spec.init_std)
-    own: Any = getattr(module, "initialize", None)
-    if callable(own):
-        own(0, model.spec.depth)
+    initialize(module, model.spec.init, std=model.spec.init_std)
     return {name: tensor.to(model.device, model.dtype) for name, tensor in module.state_dict().items()}

@@ -1,20 +1,22 @@
 """Attention (Vaswani et al. 2017), grouped-query (Ainslie et al. 2023, arXiv:2305.13245), with or without a window."""
 
-import math
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from paperworks.core.linear import residual_output
-from paperworks.nn.attention.mask import Piece, Visibility, band, by_piece, documents, worthwhile
+from paperworks.nn.attention.backends import Inputs, attend, mix, pattern
+from paperworks.nn.attention.cache import KeyValueCache
+from paperworks.nn.attention.mask import Mask, mask_of
 from paperworks.nn.mixer import Mixer
 from paperworks.nn.norm import Norm
-from paperworks.nn.placement import MixerCache, Stream
-from paperworks.nn.position.relative import RelativeModule, RelativePosition
-from paperworks.nn.position.rotary import RoPE
+from paperworks.nn.placement import Placement
+from paperworks.nn.position.relative import RelativePosition
+from paperworks.nn.position.rotary import Rotary
 from paperworks.nn.tap import Tap
 
 
@@ -28,9 +30,9 @@ class Attention(Mixer):
             multi-query attention.
         head_dim: channels of a head; None means dim / heads.
         bias: whether query, key and value have one; `output_bias` is the output's, None means the same.
-        window: each token sees this many tokens, itself included; None means all.
+        window: each token sees this many tokens, itself included (and, where not causal, as many after it); None: all.
         causal: whether later tokens are hidden.
-        position: rotary positions, relative ones (`ALiBi`, `RelativeBuckets`, `RelativeVectors`), or None.
+        position: rotary positions (`RoPE`), relative ones (`ALiBi`, `RelativeBuckets`, `RelativeVectors`), or None.
         qk_norm: a norm on each head's queries and keys, before rotation.
         soft_cap: scores become cap * tanh(score / cap) (Gemma 2).
         scale: what scores are multiplied by; None means head_dim^-0.5.
@@ -44,7 +46,7 @@ class Attention(Mixer):
     output_bias: bool | None = None
     window: int | None = None
     causal: bool = True
-    position: RoPE | RelativePosition | None = None
+    position: Rotary | RelativePosition | None = None
     qk_norm: Norm | None = None
     soft_cap: float | None = None
     scale: float | None = None
@@ -61,23 +63,21 @@ class Attention(Mixer):
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"Attention.window must be at least 1 (a token sees itself), got {self.window}")
-        if self.window is not None and not self.causal:
-            raise ValueError("Attention.window looks back only, so it needs causal=True")
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ValueError(f"Attention.soft_cap must be positive, got {self.soft_cap}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Attention.dropout must be in [0, 1), got {self.dropout}")
-        if self.head_dim is not None and isinstance(self.position, RoPE):
+        if self.head_dim is not None and isinstance(self.position, Rotary):
             self.position.rotated(self.head_dim)
 
     def check(self, dim: int) -> None:
         """Raise `ValueError` if heads do not divide `dim` or cannot be rotated."""
         size = self.head_size(dim)
-        if isinstance(self.position, RoPE):
+        if isinstance(self.position, Rotary):
             self.position.rotated(size)
 
     def head_size(self, dim: int) -> int:
-        """Return the channels of a head in a model of width `dim`. Raises `ValueError` if heads do not divide it."""
+        """Channels of a head in a model of width `dim`. Raises `ValueError` if heads do not divide it."""
         if self.head_dim is not None:
             return self.head_dim
         if dim % self.heads:
@@ -85,134 +85,19 @@ class Attention(Mixer):
         return dim // self.heads
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return AttentionModule(dim, self)
 
 
-class KeyValueCache(MixerCache):
-    """Keys (already rotated) and values by slot: token t stands in slot t, or in t mod capacity when rolling."""
-
-    def __init__(
-        self,
-        batch: int,
-        heads: int,
-        capacity: int,
-        head_dim: int,
-        rolling: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.keys = torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.capacity, self.rolling = capacity, rolling
-
-    def reorder(self, rows: Int[Tensor, " new_batch"]) -> None:
-        """Keep the given rows of the batch."""
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-
-    def bytes(self) -> int:
-        """Return the memory held, in bytes."""
-        return self.keys.nbytes + self.values.nbytes
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first tokens; what is stored next takes their slots."""
-        if self.rolling:
-            super().truncate(length)
-
-    def extend(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (batch, heads, time, head_dim); return all that the new tokens may look at.
-
-        In the order of `visible_order`. A chunk in a rolling cache sees the old slots and the chunk itself, side by
-        side, since storing it first would overwrite tokens that its own first tokens still see.
-        """
-        time = keys.shape[2]
-        if not self.rolling:
-            end = start + time
-            self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
-            return self.keys[:, :, :end], self.values[:, :, :end]
-        held = min(start, self.capacity)
-        if time == 1:
-            slot = start % self.capacity
-            self.keys[:, :, slot : slot + 1], self.values[:, :, slot : slot + 1] = keys, values
-            held = min(start + 1, self.capacity)
-            return self.keys[:, :, :held], self.values[:, :, :held]
-        seen = torch.cat((self.keys[:, :, :held], keys), 2), torch.cat((self.values[:, :, :held], values), 2)
-        kept = min(time, self.capacity)
-        slots = torch.arange(start + time - kept, start + time, device=keys.device) % self.capacity
-        self.keys[:, :, slots], self.values[:, :, slots] = keys[:, :, -kept:], values[:, :, -kept:]
-        return seen
-
-    def visible_order(self, start: int, time: int, device: torch.device) -> Int[Tensor, " slots"]:
-        """Return which token (counted from the first of the sequence) each key of `extend` belongs to."""
-        end = start + time
-        if not self.rolling:
-            return torch.arange(end, device=device)
-        last = end if time == 1 else start  # a single token is stored before it looks
-        slots = torch.arange(min(last, self.capacity), device=device)
-        order = slots + (last - 1 - slots).div(self.capacity, rounding_mode="floor") * self.capacity
-        return order if time == 1 else torch.cat((order, torch.arange(start, end, device=device)))
-
-
-def _visibility(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int | None) -> Visibility:
-    rolling = cache.capacity if cache is not None and cache.rolling else None
-    key = ("visibility", causal, window, rolling, cache is None)
-    if key not in stream.memo:
-        stream.memo[key] = _see(stream, cache, causal, window)
-    return stream.memo[key]
-
-
-def _see(stream: Stream, cache: KeyValueCache | None, causal: bool, window: int | None) -> Visibility:
-    start, time, device = stream.start, stream.time, stream.positions.device
-    end = start + time
-    in_window = window is None or end <= window
-    one_document = stream.history is None and stream.among is None
-    if one_document and not causal:
-        return Visibility(causal=False, mask=None)
-    if one_document and time == 1 and (in_window or (cache is not None and cache.rolling)):
-        return Visibility(causal=False, mask=None)
-    if one_document and start == 0 and in_window:
-        return Visibility(causal=True, mask=None)
-    if pieces := _pieces(stream, causal, window):
-        return Visibility(causal=False, pieces=pieces)
-    keys = cache.visible_order(start, time, device) if cache is not None else torch.arange(end, device=device)
-    queries = torch.arange(start, end, device=device)[:, None]
-    seen = torch.ones(time, len(keys), dtype=torch.bool, device=device)
-    if stream.among is not None:
-        seen[:, keys >= start] = stream.among[:, keys[keys >= start] - start]
-    elif causal:
-        seen &= keys <= queries
-    if window is not None:
-        seen &= keys > queries - window
-    mask = seen[None, None]
-    if stream.history is not None:
-        assert stream.segments is not None
-        mask = mask & (stream.segments[:, None, :, None] == stream.history[:, keys][:, None, None, :])
-    return Visibility(causal=False, mask=mask)
-
-
-def _pieces(stream: Stream, causal: bool, window: int | None) -> tuple[Piece, ...] | None:
-    """Divide what a whole sequence sees, where that saves more than half: packed documents, and windows in long rows.
-
-    On a CPU only: elsewhere reading where documents end would wait for the device at every call.
-    """
-    device, time = stream.positions.device, stream.time
-    if stream.start or stream.among is not None or device.type != "cpu" or time < 64 or torch.compiler.is_compiling():
-        return None
-    if stream.segments is not None:
-        pieces = documents(stream.segments, causal=causal, window=window)
-        rows = len(stream.segments)
-    else:
-        pieces, rows = None if window is None else tuple(band(time, window, device)), 1
-    return pieces if pieces is not None and worthwhile(pieces, rows, time, time) else None
-
-
 class AttentionModule(nn.Module):
-    """The module of `Attention`.
+    """The module of `Attention`: project, remember, mask, attend, put out; a variant replaces one of these.
 
     Taps: `pattern` (batch, heads, query, key), the attention weights; `heads` (batch, time, heads, head_dim), each
     head's output before the output projection. Recording `pattern` computes it beside the fused kernel; editing it
     makes the edited one count.
     """
+
+    obeys_visibility = True
 
     def __init__(self, dim: int, spec: Attention) -> None:
         super().__init__()
@@ -234,117 +119,76 @@ class AttentionModule(nn.Module):
         self.output = residual_output(nn.Linear(spec.heads * self.head_dim, dim, bias=output_bias))
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
-        """Return an empty cache for `capacity` tokens; with a window it rolls over `window` slots."""
-        rolling = self.spec.window is not None and self.spec.window < capacity
-        slots = self.spec.window if rolling and self.spec.window is not None else capacity
+        """An empty cache for `capacity` tokens; with a causal window it rolls over `window` slots."""
+        window = self.spec.window if self.spec.causal else None
+        rolling = window is not None and window < capacity
+        slots = window if rolling and window is not None else capacity
         return KeyValueCache(batch, self.kv_heads, slots, self.head_dim, rolling, dtype, device)
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        if stream.among is not None and (self.spec.window is not None or self.relative is not None):
-            raise ValueError("`among` says which tokens see each other: a window or relative positions count otherwise")
+        queries, keys, values = self.project(x, placement)
+        cache = placement.cache
+        if cache is not None:
+            if not isinstance(cache, KeyValueCache):
+                raise TypeError(f"{type(self).__name__} was given a {type(cache).__name__}: use the model's new_cache")
+            keys, values = cache.extend(keys, values, placement.start)
+        mask = self.mask(queries, placement, cache)
+        heads = self.attend(queries, keys, values, mask).transpose(1, 2)  # (batch, time, heads, head_dim)
+        return self.output(self.heads(heads).flatten(2))
+
+    def project(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (batch, heads, time, head_dim) each, normed and rotated."""
         queries = self.query(x).unflatten(-1, (self.spec.heads, self.head_dim)).transpose(1, 2)
         keys = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         values = self.value(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        position = self.spec.position
-        if isinstance(position, RoPE):
-            cos, sin = position.tables(stream, self.head_dim, queries.dtype)
-            queries, keys = position.rotate(queries, cos, sin), position.rotate(keys, cos, sin)
-        cache = stream.cache
-        if cache is not None:
-            assert isinstance(cache, KeyValueCache)
-            keys, values = cache.extend(keys, values, stream.start)
-        visible = _visibility(stream, cache, self.spec.causal, self.spec.window)
-        if self.relative is not None:
-            visible = self._place(self.relative, queries, stream, cache, visible)
-        heads = self._attend(queries, keys, values, visible).transpose(1, 2)
-        return self.output(self.heads(heads).flatten(2))
+        if isinstance(self.spec.position, Rotary):
+            queries, keys = self.spec.position.turn(queries, keys, placement)
+        return queries, keys, values
 
-    def _place(
-        self,
-        relative: RelativeModule,
-        queries: Tensor,
-        stream: Stream,
-        cache: KeyValueCache | None,
-        visible: Visibility,
-    ) -> Visibility:
-        """Add to the visibility what relative positions say; layers whose scores are the same share them."""
-        rolling = cache.capacity if cache is not None and cache.rolling else None
-        where = ("distance", rolling, cache is None)
-        if where not in stream.memo:
-            device, end = queries.device, stream.start + stream.time
-            keys = torch.arange(end, device=device)
-            if cache is not None:
-                keys = cache.visible_order(stream.start, stream.time, device)
-            stream.memo[where] = keys - torch.arange(stream.start, end, device=device)[:, None]
-        distance = stream.memo[where]
-        shared = relative.shares()
-        if shared is None:
-            return visible.biased(relative.scores(queries, distance), distance)
-        key = ("relative", shared, queries.dtype, where, self.spec.causal, self.spec.window)
-        if key not in stream.memo:
-            stream.memo[key] = visible.biased(relative.scores(queries, distance), distance)
-        return stream.memo[key]
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
-        pattern: Tensor | None = None
-        if self.pattern.listened:
-            computed = self.weights(queries, keys, visible)
-            listened_to = self.pattern(computed)
-            pattern = None if listened_to is computed else listened_to
-        by_distance = self.relative is not None and self.relative.changes_values
-        if pattern is None and self.spec.soft_cap is None and not by_distance:
-            return self._fused(queries, keys, values, visible)
-        if pattern is None:
-            pattern = self.weights(queries, keys, visible)
-        if self.training and self.spec.dropout:
-            pattern = F.dropout(pattern, self.spec.dropout)
-        grouped = pattern.unflatten(1, (self.kv_heads, -1)) @ values[:, :, None]
-        heads = grouped.flatten(1, 2)
-        if by_distance and self.relative is not None and visible.distance is not None:
-            heads = heads + self.relative.values(pattern, visible.distance)
-        return heads
-
-    def weights(
-        self, queries: Float[Tensor, "batch heads query head_dim"], keys: Tensor, visible: Visibility
-    ) -> Float[Tensor, "batch heads query key"]:
-        """Return the attention weights, computed plainly: the oracle of the fused kernel, and what `pattern` shows."""
-        grouped = queries.unflatten(1, (self.kv_heads, -1))
-        scores = (grouped @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * self.scale
-        if self.spec.soft_cap is not None:
-            scores = self.spec.soft_cap * torch.tanh(scores / self.spec.soft_cap)
-        mask = visible.dense(queries.shape[2], keys.shape[2], queries.device)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        wide = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
-        return torch.softmax(scores, -1, dtype=wide).to(scores.dtype)
-
-    def _fused(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
-        dropout = self.spec.dropout if self.training else 0.0
-        if visible.pieces is not None:
-            return by_piece(visible.pieces, queries, keys, values, self._fused_piece)
-        if queries.shape[2] == 1 and self.kv_heads < self.spec.heads:
-            # One new token: the queries of a group take the place of time, so shared keys are read once, not copied.
-            grouped = queries.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
-            mask = visible.mask
-            if mask is not None and mask.shape[1] > 1:  # a number for each head: its group's rows
-                mask = mask.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
-            out = F.scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=mask, dropout_p=dropout, scale=self.scale
+    def mask(self, queries: Tensor, placement: Placement, cache: KeyValueCache | None) -> Mask:
+        """What is seen, with the numbers that relative positions add; layers whose scores are the same share them."""
+        if placement.attention_only and (self.relative is not None or self.spec.window is not None):
+            raise ValueError(
+                f"{type(placement).__name__} says which tokens see each other: a window or relative positions count "
+                "otherwise"
             )
-            return out.flatten(1, 2)[:, :, None]
-        return F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=visible.mask,
-            dropout_p=dropout,
-            is_causal=visible.causal,
-            scale=self.scale,
-            enable_gqa=self.kv_heads < self.spec.heads,
-        )
+        mask = mask_of(placement, cache, self.spec.causal, self.spec.window)
+        if self.relative is None:
+            return mask
+        shared = self.relative.shares()
+        if shared is None:
+            return mask.biased(self.relative.scores(queries, mask.distance()))
+        key = ("relative", shared, queries.dtype, id(mask))
+        if key not in placement.memo:
+            placement.memo[key] = mask.biased(self.relative.scores(queries, mask.distance()))
+        return placement.memo[key]
 
-    def _fused_piece(self, queries: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
-        return self._fused(queries, keys, values, Visibility(piece.causal, piece.mask))
+    def attend(
+        self, queries: Float[Tensor, "batch heads query head_dim"], keys: Tensor, values: Tensor, mask: Mask
+    ) -> Float[Tensor, "batch heads query head_dim"]:
+        """The heads' outputs."""
+        inputs = Inputs(
+            queries=queries,
+            keys=keys,
+            values=values,
+            mask=mask,
+            scale=self.scale,
+            soft_cap=self.spec.soft_cap,
+            dropout=self.spec.dropout if self.training else 0.0,
+        )
+        weights: Tensor | None = None
+        if self.pattern.listened:
+            computed = pattern(inputs)
+            listened_to = self.pattern(computed)
+            weights = None if listened_to is computed else listened_to
+        by_distance = self.relative is not None and self.relative.changes_values
+        if weights is None and not by_distance:
+            return attend(inputs)
+        weights = pattern(inputs) if weights is None else weights
+        heads = mix(weights, values, inputs.dropout)
+        if by_distance and self.relative is not None:
+            heads = heads + self.relative.values(weights, mask.distance())
+        return heads

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from paperworks.nn.attention.mask import Piece, dense_mask
+from paperworks.nn.attention.pieces import Piece, dense_mask
 
 ROWS = 256  # queries at a time where keys begin or end with the query: masks are so many rows high
 

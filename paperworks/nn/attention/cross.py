@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.nn.attention.attention import Attention, AttentionModule
-from paperworks.nn.attention.mask import Visibility
-from paperworks.nn.placement import MixerCache, Stream
+from paperworks.nn.attention.mask import Mask
+from paperworks.nn.placement import MixerCache, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttention(Attention):
-    """Attention to what `stream.context` holds: an encoder's output, retrieved chunks, image tokens.
+    """Attention to what `placement.context` holds: an encoder's output, retrieved chunks, image tokens.
 
     Every token sees the whole context, except its padding and, in packed rows, other segments' context. With a cache
     the keys and values of the context are computed once.
@@ -68,6 +68,8 @@ class ContextCache(MixerCache):
 class CrossAttentionModule(AttentionModule):
     """The module of `CrossAttention`. Taps: `pattern` (batch, heads, query, context) and `heads`, as in attention."""
 
+    obeys_visibility = True  # who sees the context is not what such a placement speaks of
+
     def __init__(self, dim: int, spec: CrossAttention) -> None:
         super().__init__(dim, spec)
         source = dim if spec.context_dim is None else spec.context_dim
@@ -79,26 +81,28 @@ class CrossAttentionModule(AttentionModule):
         """Return an empty cache, which the first call fills."""
         return ContextCache()
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Read the context at each token of x. Raises `ValueError` where there is none, or of another width."""
         queries = self.query(x).unflatten(-1, (self.spec.heads, self.head_dim)).transpose(1, 2)
-        cache = stream.cache if isinstance(stream.cache, ContextCache) else None
+        cache = placement.cache if isinstance(placement.cache, ContextCache) else None
         if cache is not None and cache.keys is not None and cache.values is not None:
             keys, values, segments = cache.keys, cache.values, cache.segments
         else:
-            keys, values = self._read(stream.context, len(x))
-            segments = stream.context_segments
+            keys, values = self._read(placement.context, len(x))
+            segments = placement.context_segments
             if cache is not None:
                 cache.keys, cache.values, cache.segments = keys, values, segments
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        visible = Visibility(causal=False, mask=_seen(stream, segments))
-        heads = self._attend(queries, keys, values, visible).transpose(1, 2)
+        mask = Mask(queries=queries.shape[2], keys=keys.shape[2], device=x.device, seen=_seen(placement, segments))
+        heads = self.attend(queries, keys, values, mask).transpose(1, 2)
         return self.output(self.heads(heads).flatten(2))
 
     def _read(self, context: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         if context is None:
-            raise ValueError("cross-attention has nothing to read: pass context=(batch, other time, dim) to the model")
+            raise ValueError(
+                "cross-attention has nothing to read: pass Placement(context=...), (batch, other time, dim)"
+            )
         if context.dim() != 3 or context.shape[0] != batch or context.shape[-1] != self.key.in_features:
             raise ValueError(
                 f"context must have shape ({batch}, other time, {self.key.in_features}), got {tuple(context.shape)}"
@@ -108,12 +112,12 @@ class CrossAttentionModule(AttentionModule):
         return keys, values
 
 
-def _seen(stream: Stream, segments: Tensor | None) -> Tensor | None:
+def _seen(placement: Placement, segments: Tensor | None) -> Tensor | None:
     """Return which of the context each token sees: what is no padding, of its own segment if tokens have any."""
     if segments is None:
         return None
-    if stream.segments is None:
+    if placement.segments is None:
         return (segments > 0)[:, None, None, :]
-    mine = stream.segments[:, :, None]
+    mine = placement.segments[:, :, None]
     # padding sees everything: nobody looks at its output, which must only be finite
     return ((segments[:, None, :] == mine) | (mine == 0))[:, None]

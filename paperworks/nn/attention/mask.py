@@ -1,159 +1,178 @@
-"""Which keys each query sees, and how attention to them divides into dense pieces, so that nothing hidden is computed.
+"""Which keys each query sees, as one value: what attention hands to a backend, which decides how to compute it.
 
-Documents packed in one row are blocks on the diagonal, a window is a band; a dense mask over all of the row would cost
-its length squared in time and memory. The pieces are what xFormers (github.com/facebookresearch/xformers) calls
-block-diagonal and local attention biases.
+A mask is a description first (causal, a window, segments). The dense tensor, or the pieces, are made from it when a
+backend asks, and once for all layers of a call.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# A call of the kernel costs as much as so many scores: measured on a CPU, where pieces are used
-CALL = 1024
+from paperworks.nn.attention.cache import KeyValueCache
+from paperworks.nn.attention.pieces import Piece, band, documents
+from paperworks.nn.placement import Placement
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Some queries and all the keys that they see.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mask:
+    """Which of `keys` keys each of `queries` queries sees.
 
     Attributes:
-        rows, queries, keys: slices of the batch, of the queries and of the keys.
-        causal: whether the queries see each other causally; there are as many keys then, the same tokens.
-        mask: bool (queries, keys), True where a key is seen; None for all (or causal).
+        queries, keys: how many there are; start: the first query's place in the sequence.
+        device: where the tensors are.
+        causal: whether a query sees no key after itself.
+        window: a query sees keys fewer than this many places before it (and, where not causal, after it); None: all.
+        order: int64 (keys,), the place of each key in the sequence; None means 0, 1, 2 ...
+        segments: int64 (batch, queries) and key_segments (batch, keys): a query sees keys of its own segment.
+        seen: bool, broadcasts to (batch, 1, queries, keys), takes the place of causality and window, where given.
+        bias: float, broadcasts to (batch, heads, queries, keys), added to the scores; None for none.
     """
 
-    rows: slice
-    queries: slice
-    keys: slice
+    queries: int
+    keys: int
+    device: torch.device
+    start: int = 0
     causal: bool = False
-    mask: Bool[Tensor, "queries keys"] | None = None
+    window: int | None = None
+    order: Int[Tensor, " keys"] | None = None
+    segments: Int[Tensor, "batch queries"] | None = None
+    key_segments: Int[Tensor, "batch keys"] | None = None
+    seen: Bool[Tensor, "..."] | None = None
+    bias: Float[Tensor, "..."] | None = None
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def seen(self, device: torch.device) -> Bool[Tensor, "queries keys"]:
-        """Return which of its keys each of its queries sees."""
-        if self.mask is not None:
-            return self.mask
-        size = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
-        everything = torch.ones(size, dtype=torch.bool, device=device)
-        return everything.tril() if self.causal else everything
+    @property
+    def self_contained(self) -> bool:
+        """Whether queries and keys are the same tokens, from the first on."""
+        return self.start == 0 and self.order is None and self.queries == self.keys
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every query sees every key."""
+        return not self.causal and self.window is None and self.segments is None and self.seen is None
 
-@dataclass(frozen=True, eq=False)
-class Visibility:
-    """Which keys each query sees: plain causal, or a mask that broadcasts to (batch, heads, query, key), or all.
+    @property
+    def is_plain_causal(self) -> bool:
+        """Whether the triangle is all there is to it, and no bias."""
+        plain = self.segments is None and self.seen is None and self.bias is None
+        return self.causal and plain and self.self_contained and (self.window is None or self.keys <= self.window)
 
-    A mask is True where a key is seen, or a number to add to the score, as relative positions do (-inf: not seen);
-    these also say the `distance` of each key from each query. Where there are `pieces`, they say what is seen, and no
-    mask of the whole is made unless it is asked for.
-    """
+    def places(self) -> Int[Tensor, " keys"]:
+        """The place of each key in the sequence."""
+        return torch.arange(self.keys, device=self.device) if self.order is None else self.order
 
-    causal: bool
-    mask: Tensor | None = None
-    distance: Int[Tensor, "query key"] | None = None
-    pieces: tuple[Piece, ...] | None = None
+    def distance(self) -> Int[Tensor, "queries keys"]:
+        """Place of the key minus place of the query."""
+        if "distance" not in self._made:
+            first = torch.arange(self.start, self.start + self.queries, device=self.device)
+            self._made["distance"] = self.places() - first[:, None]
+        return self._made["distance"]
 
-    def dense(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """Return the mask, causal or not, as a tensor; None where everything is seen."""
-        if self.causal:
-            return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-        if self.pieces is not None:
-            return dense_mask(self.pieces, queries, keys, device)
-        return self.mask
-
-    def biased(self, bias: Float[Tensor, "batch heads query key"], distance: Tensor) -> Visibility:
-        """Return the same with numbers to add to the scores."""
-        queries, keys = distance.shape
-        seen = self.dense(queries, keys, bias.device)
-        return Visibility(False, bias if seen is None else bias.masked_fill(~seen, -math.inf), distance)
-
-
-def dense_mask(
-    pieces: Sequence[Piece], queries: int, keys: int, device: torch.device
-) -> Bool[Tensor, "rows 1 queries keys"]:
-    """Return what the pieces show as one mask; rows is 1 where every piece holds for the whole batch."""
-    rows = 1 if all(piece.rows == slice(None) for piece in pieces) else max(piece.rows.stop for piece in pieces)
-    mask = torch.zeros(rows, 1, queries, keys, dtype=torch.bool, device=device)
-    for piece in pieces:
-        mask[piece.rows, :, piece.queries, piece.keys] |= piece.seen(device)
-    return mask
-
-
-def by_piece(
-    pieces: Sequence[Piece],
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    attend: Callable[[Tensor, Tensor, Tensor, Piece], Tensor],
-) -> Tensor:
-    """Return (batch, heads, time, dim) by a call of `attend` for each piece.
-
-    The pieces of each row of the batch stand in the order of its queries and leave none out; rows come in order.
-    """
-    by_rows: dict[int | None, list[Tensor]] = {}
-    for piece in pieces:
-        seen = (piece.rows, slice(None), piece.keys)
-        out = attend(queries[piece.rows, :, piece.queries], keys[seen], values[seen], piece)
-        by_rows.setdefault(piece.rows.start, []).append(out)
-    return torch.cat([torch.cat(row, 2) for row in by_rows.values()])
-
-
-def band(time: int, window: int, device: torch.device, *, rows: slice = slice(None), start: int = 0) -> Iterator[Piece]:
-    """Divide causal attention with a window over the tokens start ... start + time - 1 into chunks of queries."""
-    chunk = max(window, 64)
-    masks: dict[tuple[int, int], Tensor] = {}
-    for begin in range(0, time, chunk):
-        end, first = min(begin + chunk, time), max(0, begin - window + 1)
-        size = (end - begin, begin - first)
-        queries = slice(start + begin, start + end)
-        keys = slice(start + first, start + end)
-        if end <= window and not first and not begin:
-            yield Piece(rows, queries, keys, causal=True)
-            continue
-        if size not in masks:
-            key = torch.arange(first, end, device=device)
-            query = torch.arange(begin, end, device=device)[:, None]
-            masks[size] = (key <= query) & (key > query - window)
-        yield Piece(rows, queries, keys, mask=masks[size])
-
-
-def documents(
-    segments: Int[Tensor, "rows time"], *, causal: bool, window: int | None = None
-) -> tuple[Piece, ...] | None:
-    """Divide attention of packed rows into their documents (runs of one segment).
-
-    None where that cannot be: a segment that goes on after another one has stood between.
-    """
-    borders = segments[:, 1:] != segments[:, :-1]
-    time = segments.shape[1]
-    pieces: list[Piece] = []
-    for row, (ids, changes) in enumerate(zip(segments, borders, strict=True)):
-        edges = [0, *(changes.nonzero()[:, 0] + 1).tolist(), time]
-        names = ids[torch.tensor(edges[:-1], device=ids.device)].tolist()
-        if len(set(names)) < len(names):
+    def visible(self) -> Bool[Tensor, "rows 1 queries keys"] | None:
+        """What is seen as a tensor, rows 1 where all rows are alike; None where everything is."""
+        if self.hides_nothing:
             return None
-        rows = slice(row, row + 1)
-        for start, end in itertools.pairwise(edges):
-            if window is not None and window < end - start:
-                pieces.extend(band(end - start, window, segments.device, rows=rows, start=start))
+        if "visible" not in self._made:
+            self._made["visible"] = self._visible()
+        return self._made["visible"]
+
+    def _visible(self) -> Tensor:
+        if self.seen is not None:
+            mask = self.seen
+        elif self.causal or self.window is not None:
+            distance = self.distance()
+            mask = distance <= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+            if self.window is not None:
+                mask = mask & (distance > -self.window)
+                mask = mask if self.causal else mask & (distance < self.window)
+            mask = mask[None, None]
+        else:
+            mask = torch.ones(1, 1, self.queries, self.keys, dtype=torch.bool, device=self.device)
+        if self.segments is not None:
+            assert self.key_segments is not None
+            mask = mask & (self.segments[:, None, :, None] == self.key_segments[:, None, None, :])
+        return mask
+
+    def dense(self) -> Tensor | None:
+        """One tensor for a kernel: bool, True where a key is seen, or numbers to add (-inf: hidden), or None."""
+        visible = self.visible()
+        if self.bias is None or visible is None:
+            return visible if self.bias is None else self.bias
+        if "dense" not in self._made:
+            self._made["dense"] = self.bias.masked_fill(~visible, -math.inf)
+        return self._made["dense"]
+
+    def pieces(self) -> tuple[Piece, ...] | None:
+        """Dense pieces that leave out what is hidden: documents of packed rows, bands of a window; None where none are.
+
+        Finding where documents end reads the segments, which on a GPU waits for the device.
+        """
+        if not self.self_contained or self.seen is not None or self.bias is not None:
+            return None
+        if "pieces" not in self._made:
+            if self.segments is not None and (self.causal or self.window is None):
+                self._made["pieces"] = documents(self.segments, causal=self.causal, window=self.window)
+            elif self.segments is None and self.window is not None and self.causal:
+                self._made["pieces"] = tuple(band(self.queries, self.window, self.device))
             else:
-                pieces.append(Piece(rows, slice(start, end), slice(start, end), causal=causal))
-    return tuple(pieces)
+                self._made["pieces"] = None
+        return self._made["pieces"]
+
+    def edges(self, rows: int) -> Int[Tensor, " documents_and_one"] | None:
+        """Where documents begin in the rows laid end to end, and the end of the last, int32; None where that cannot be.
+
+        A document is a run of one segment in one row; where a segment goes on after another one, there is no such
+        division. Waits for the device, once for all layers of a call.
+        """
+        if self.segments is None or not self.self_contained or self.seen is not None or self.bias is not None:
+            return None
+        if "edges" not in self._made:
+            segments = self.segments.expand(rows, -1)
+            begins = torch.ones_like(segments, dtype=torch.bool)
+            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            row = torch.arange(rows, device=segments.device)[:, None].expand_as(segments)
+            names = torch.stack((row[begins], segments[begins]), 1)
+            starts = begins.flatten().nonzero()[:, 0]
+            ends = torch.cat((starts, starts.new_full((1,), segments.numel()))).to(torch.int32)
+            self._made["edges"] = ends if len(torch.unique(names, dim=0)) == len(names) else None
+        return self._made["edges"]
+
+    def biased(self, bias: Float[Tensor, "..."]) -> Mask:
+        """The same with numbers to add to the scores."""
+        return replace(self, bias=bias, _made={k: v for k, v in self._made.items() if k in ("distance", "visible")})
 
 
-def worthwhile(pieces: Sequence[Piece], rows: int, queries: int, keys: int) -> bool:
-    """Return whether the pieces cost less than half of the scores of the whole."""
-    cost = sum(
-        CALL
-        + (rows if piece.rows == slice(None) else piece.rows.stop - piece.rows.start)
-        * (piece.queries.stop - piece.queries.start)
-        * (piece.keys.stop - piece.keys.start)
-        for piece in pieces
+def mask_of(placement: Placement, cache: KeyValueCache | None, causal: bool, window: int | None) -> Mask:
+    """What the tokens of this call see of themselves and of the cache; made once for all layers that are alike."""
+    rolling = cache.capacity if cache is not None and cache.rolling else None
+    key = ("mask", causal, window, rolling, cache is None)
+    if key not in placement.memo:
+        placement.memo[key] = _mask(placement, cache, causal, window)
+    return placement.memo[key]
+
+
+def _mask(placement: Placement, cache: KeyValueCache | None, causal: bool, window: int | None) -> Mask:
+    start, time, device = placement.start, placement.time, placement.device
+    rolled = cache is not None and cache.rolling and start > 0  # before, slots stand in the order of the sequence
+    order = cache.visible_order(start, time, device) if cache is not None and rolled else None
+    keys = start + time if order is None else len(order)
+    plain = Mask(queries=time, keys=keys, device=device, start=start, order=order)
+    history = placement.history
+    seen = placement.visible(plain.places())
+    if history is None and seen is None and time == 1 and causal and (window is None or keys <= window):
+        return plain  # the newest token sees all there is: a rolling cache holds no more than the window
+    return replace(
+        plain,
+        causal=causal and seen is None,
+        window=window,
+        segments=placement.segments,
+        key_segments=None if history is None else history if order is None else history[:, order],
+        seen=None if seen is None else seen[None, None],
+        _made={},
     )
-    return 2 * cost < rows * queries * keys

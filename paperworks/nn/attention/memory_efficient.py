@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paperworks.nn.attention.biases import AttentionBias
-from paperworks.nn.attention.mask import Piece, by_piece
+from paperworks.nn.attention.pieces import Piece, by_piece
 from paperworks.nn.attention.reference.tiled import Partial, merge
 
 

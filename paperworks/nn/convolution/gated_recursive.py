@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import MixerCache, Stream, places_in_segments
+from paperworks.nn.placement import MixerCache, Placement, places_in_segments
 from paperworks.nn.tap import Tap
 
 
@@ -77,12 +77,12 @@ class GRConvModule(nn.Module):
         merged, keep_left, keep_right = gates.unbind(-1)
         return merged[..., None] * torch.tanh(given) + keep_left[..., None] * left + keep_right[..., None] * right
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Return the vector of all tokens of the segment up to each one."""
-        if stream.cache is not None and not isinstance(stream.cache, EdgeCache):
-            raise TypeError(f"GRConv was given a {type(stream.cache).__name__}: the cache is another model's")
+        if placement.cache is not None and not isinstance(placement.cache, EdgeCache):
+            raise TypeError(f"GRConv was given a {type(placement.cache).__name__}: the cache is another model's")
         leaves = self.input(x)
-        edge = leaves[:, :0] if stream.cache is None else stream.cache.edge.to(leaves.dtype)
+        edge = leaves[:, :0] if placement.cache is None else placement.cache.edge.to(leaves.dtype)
         seen, time = edge.shape[1], x.shape[1]
         levels = [leaves]  # level l holds the spans of l + 1 tokens that end at each new token, where there are any
         for level in range(1, seen + time):
@@ -92,17 +92,17 @@ class GRConvModule(nn.Module):
             else:
                 left, right = right[:, :-1], right[:, 1:]
             levels.append(self.merge(left, right))
-        if stream.cache is not None:
+        if placement.cache is not None:
             # level l of the last new token is the span that begins l tokens before it
-            stream.cache.edge = torch.stack([level[:, -1] for level in reversed(levels)], 1).detach()
-        out = self._roots(levels, stream, seen, time)
+            placement.cache.edge = torch.stack([level[:, -1] for level in reversed(levels)], 1).detach()
+        out = self._roots(levels, placement, seen, time)
         return out if self.output is None else self.output(out)
 
-    def _roots(self, levels: list[Tensor], stream: Stream, seen: int, time: int) -> Tensor:
+    def _roots(self, levels: list[Tensor], placement: Placement, seen: int, time: int) -> Tensor:
         """Pick for each new token the span that begins where its segment does."""
-        if stream.history is None:  # the longest span of each token is the first one of its level
+        if placement.history is None:  # the longest span of each token is the first one of its level
             return torch.stack([vectors[:, 0] for vectors in levels[seen:]], 1)
-        spans = places_in_segments(stream.history)[:, seen:]  # which level each token needs
+        spans = places_in_segments(placement.history)[:, seen:]  # which level each token needs
         out = torch.zeros_like(levels[0])
         for level, vectors in enumerate(levels):
             first = time - vectors.shape[1]

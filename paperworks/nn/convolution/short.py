@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.recurrent.recurrence import CausalConvolution, StateCache, state_of
 
 
@@ -56,12 +56,12 @@ class ShortConvolutionModule(nn.Module):
             raise ValueError("ShortConvolution(causal=False) sees the tokens after, so it cannot decode: causal=True")
         return StateCache(window=self.convolution.new_window(batch, dtype, device))
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
         if not self.spec.causal:
-            return self._both_ways(x, stream.segments)
-        cache = state_of(stream)
-        out, window = self.convolution(x, None if cache is None else cache["window"], stream.begins())
+            return self._both_ways(x, placement.segments)
+        cache = state_of(placement)
+        out, window = self.convolution(x, None if cache is None else cache["window"], placement.begins())
         if cache is not None:
             cache["window"] = window
         return out

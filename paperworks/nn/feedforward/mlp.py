@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.core.initialization import Part
 from paperworks.core.linear import residual_output
-from paperworks.core.spec import Spec
 from paperworks.nn.tap import Tap
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu", "sigmoid", "identity", "relu_squared"]
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feedforward(Spec):
+class Feedforward(Part):
     """What works on each position: `build(dim)` gives a module (batch, time, dim) -> (batch, time, dim)."""
 
     def build(self, dim: int) -> nn.Module:

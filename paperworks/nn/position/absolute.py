@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from paperworks.core.spec import Spec
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbsolutePositions(Spec):
-    """What is added to the embeddings: `build(dim)` gives a module with `forward(x, stream) -> x`.
+    """What is added to the embeddings: `build(dim)` gives a module with `forward(x, placement) -> x`.
 
     Attributes:
         length: positions there are, from 0; None where there is no end.
@@ -47,17 +47,19 @@ class LearnedPositions(AbsolutePositions):
 class LearnedPositionTable(nn.Embedding):
     """The module of `LearnedPositions`: x + table[position]."""
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:  # type: ignore[override]
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:  # type: ignore[override]
         """Add each token's position vector."""
-        if stream.default_positions:
-            end = stream.start + stream.time
+        positions = placement.positions
+        assert positions is not None
+        if placement.default_positions:
+            end = placement.start + placement.time
             if end > self.num_embeddings:
                 raise ValueError(f"position {end - 1} is beyond the {self.num_embeddings} learned positions")
-            return x + self.weight[stream.start : end]
-        largest = int(stream.positions.max())
-        if largest >= self.num_embeddings or int(stream.positions.min()) < 0:
+            return x + self.weight[placement.start : end]
+        largest = int(positions.max())
+        if largest >= self.num_embeddings or int(positions.min()) < 0:
             raise ValueError(f"position {largest} is beyond the {self.num_embeddings} learned positions (from 0)")
-        return x + super().forward(stream.positions)
+        return x + super().forward(positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,43 +97,7 @@ class Sinusoids(nn.Module):
         self.spec, self.dim = spec, dim
         spec.table(torch.zeros(1), dim)  # refuses an odd dim
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Add each token's position vector."""
-        return x + self.spec.table(stream.positions, self.dim).to(x.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairedPositions(AbsolutePositions):
-    """Where a token stands and where the next one will: [table[position]; table[asked]] (sigma-GPT, arXiv:2404.09562).
-
-    Both halves read one trained table of vectors of dim / 2 numbers, so a model trained on shuffled sequences can be
-    asked for the token of any position. What is not asked about otherwise is the position that follows; the one
-    after the last has its vector too.
-    """
-
-    length: int
-
-    def build(self, dim: int) -> nn.Module:
-        """Return the table as a module; raises `ValueError` for an odd `dim`."""
-        return PairedPositionTable(self.length, dim)
-
-
-class PairedPositionTable(nn.Embedding):
-    """The module of `PairedPositions`: x + [table[position]; table[asked]]."""
-
-    def __init__(self, length: int, dim: int) -> None:
-        if dim % 2:
-            raise ValueError(f"PairedPositions needs an even dim, half for each of two positions, got {dim}")
-        super().__init__(length + 1, dim // 2)
-        self.length = length
-
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:  # type: ignore[override]
-        """Add the vectors of each token's position and of the one asked for."""
-        here = stream.positions
-        asked = here + 1 if stream.asked is None else stream.asked
-        for name, positions, end in (("position", here, self.length), ("asked position", asked, self.length + 1)):
-            low, high = (int(bound) for bound in positions.aminmax())
-            if low < 0 or high >= end:
-                raise ValueError(f"{name} {low if low < 0 else high} is beyond the {self.length} learned positions")
-        both = torch.cat(torch.broadcast_tensors(super().forward(here), super().forward(asked)), -1)
-        return x + both
+        assert placement.positions is not None
+        return x + self.spec.table(placement.positions, self.dim).to(x.dtype)

@@ -174,21 +174,18 @@ class RelativeBucketTable(RelativeModule):
         rows = bucket(distance, spec.buckets, spec.max_distance, bidirectional=spec.bidirectional)
         return self.weight[rows].permute(2, 0, 1)[None].to(queries.dtype)
 
-
-def share_relative_tables(blocks: nn.ModuleList) -> None:
-    """Let all layers of a stack whose positions are shared `RelativeBuckets` hold the first one's table."""
-    first: RelativeBucketTable | None = None
-    for module in blocks.modules():
-        if isinstance(module, RelativeBucketTable) and module.spec.shared:
-            if first is None:
-                first = module
-            elif module.weight.shape == first.weight.shape:
-                module.weight = first.weight
-            else:
+    @staticmethod
+    def share_layers(tables: list[RelativeBucketTable]) -> None:
+        """Let all layers of a stack whose buckets are shared hold the first one's table."""
+        shared = [table for table in tables if table.spec.shared]
+        for table in shared[1:]:
+            first = shared[0].weight
+            if table.weight.shape != first.shape:
                 raise ValueError(
-                    f"layers that share RelativeBuckets must have as many heads: {first.weight.shape[1]} and "
-                    f"{module.weight.shape[1]}; give these layers RelativeBuckets(shared=False)"
+                    f"layers that share RelativeBuckets must have as many heads: {first.shape[1]} and "
+                    f"{table.weight.shape[1]}; give these layers RelativeBuckets(shared=False)"
                 )
+            table.weight = first
 
 
 @dataclass(frozen=True, kw_only=True)

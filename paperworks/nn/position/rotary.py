@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from paperworks.core.spec import Spec
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,22 @@ class RoPEScaling(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoPE(Spec):
+class Rotary(Spec):
+    """Positions that turn queries and keys, so that scores depend on differences; 2-D ones are a subclass."""
+
+    def rotated(self, head_dim: int) -> int:
+        """Number of channels of a head that are turned. Raises `ValueError` if a head of this size cannot be."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it turns")
+
+    def turn(
+        self, queries: Float[Tensor, "batch heads time head_dim"], keys: Tensor, placement: Placement
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys, turned by where the tokens stand."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it turns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoPE(Rotary):
     """Rotate pairs of query and key channels by angles position * base^(-2i/dim); scores depend on differences only.
 
     Attributes:
@@ -50,7 +65,7 @@ class RoPE(Spec):
             raise ValueError(f"RoPE.fraction must be in (0, 1], got {self.fraction}")
 
     def rotated(self, head_dim: int) -> int:
-        """Return how many channels of a head are rotated. Raises `ValueError` if they cannot be paired."""
+        """Number of channels of a head that are rotated. Raises `ValueError` if they cannot be paired."""
         dim = int(head_dim * self.fraction)
         if dim < 2 or dim % 2:
             raise ValueError(
@@ -91,22 +106,30 @@ class RoPE(Spec):
         partner = x.roll(dim // 2, -1) if half else x.unflatten(-1, (dim // 2, 2)).flip(-1).flatten(-2)
         return torch.addcmul(x * cos, partner, sin)
 
-    def tables(self, stream: Stream, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return (cosines, signed sines) for the tokens of a stream, computed once for all layers."""
+    def turn(
+        self, queries: Float[Tensor, "batch heads time head_dim"], keys: Tensor, placement: Placement
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys, turned by their positions."""
+        cos, sin = self.tables(placement, queries.shape[-1], queries.dtype)
+        return self.rotate(queries, cos, sin), self.rotate(keys, cos, sin)
+
+    def tables(self, placement: Placement, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(Cosines, signed sines) for the tokens of a placement, computed once for all layers."""
         key = ("rope", self, head_dim, dtype)
-        if key in stream.memo:
-            return stream.memo[key]
+        if key in placement.memo:
+            return placement.memo[key]
         dim = self.rotated(head_dim)
-        if stream.default_positions and stream.horizon > stream.time:  # decoding: keep the whole table in the cache
-            if key not in stream.tables:
-                everywhere = torch.arange(stream.horizon, device=stream.positions.device)[None]
-                stream.tables[key] = self.table(everywhere, dim, stream.horizon, dtype)
-            cos, sin = stream.tables[key]
-            here = slice(stream.start, stream.start + stream.time)
+        assert placement.positions is not None
+        if placement.default_positions and placement.horizon > placement.time:  # decoding: the cache keeps the table
+            if key not in placement.tables:
+                everywhere = torch.arange(placement.horizon, device=placement.device)[None]
+                placement.tables[key] = self.table(everywhere, dim, placement.horizon, dtype)
+            cos, sin = placement.tables[key]
+            here = slice(placement.start, placement.start + placement.time)
             found = cos[:, :, here], sin[:, :, here]
         else:
-            found = self.table(stream.positions, dim, stream.horizon, dtype)
-        stream.memo[key] = found
+            found = self.table(placement.positions, dim, placement.horizon, dtype)
+        placement.memo[key] = found
         return found
 
 

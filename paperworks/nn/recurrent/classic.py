@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.core.initialization import Context
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.recurrent.recurrence import StateCache, state_of
 from paperworks.nn.tap import Tap
 
@@ -110,7 +111,7 @@ class RecurrentModule(nn.Module):
         self.output = nn.Linear(self.width, dim) if self.width != dim else None
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw as torch does: uniform within +- width^-0.5."""
         bound = self.width**-0.5
         for parameter in self.parameters():
@@ -120,9 +121,9 @@ class RecurrentModule(nn.Module):
         """Return the state before the first token: zeros, whatever `capacity`."""
         return StateCache(**{name: torch.zeros(batch, self.width, dtype=dtype, device=device) for name in self.states})
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         zeros = x.new_zeros(len(x), self.width)
         state: State = tuple(zeros if cache is None else cache[name].to(x.dtype) for name in self.states)
         fused = None if begins is not None else self.fused(x, state)
@@ -170,7 +171,7 @@ class ElmanModule(RecurrentModule):
     def __init__(self, dim: int, spec: Elman) -> None:
         super().__init__(dim, spec, gates=1)
         if self.input.weight.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
         self.activation = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}[spec.activation]
 
     def step(self, given: Tensor, state: State) -> State:
@@ -201,10 +202,10 @@ class LSTMModule(RecurrentModule):
             # the norm takes a constant away from W x + b, so the bias stands behind it
             self.gate_bias = nn.Parameter(torch.zeros(4 * self.width))
         if self.input.weight.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw as torch does, with the forget gate's bias where the spec says, peepholes at zero, gains at one."""
         bound = self.width**-0.5
         for linear in (self.input, self.recurrent, *([] if self.output is None else [self.output])):
@@ -253,7 +254,7 @@ class GRUModule(RecurrentModule):
     def __init__(self, dim: int, spec: GRU) -> None:
         super().__init__(dim, spec, gates=3, recurrent_bias=spec.reset == "after")
         if self.input.weight.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     def step(self, given: Tensor, state: State) -> State:
         """Return the state after one token."""

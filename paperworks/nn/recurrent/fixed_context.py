@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from paperworks.core.linear import residual_output
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import MixerCache, Stream
+from paperworks.nn.placement import MixerCache, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedContext(Mixer):
-    """y_t = C c at every t, where c is the last state of what `stream.context` holds (padding left out).
+    """y_t = C c at every t, where c is the last state of what `placement.context` holds (padding left out).
 
     It stands where cross-attention stands, so that the two differ in what they may read: one vector, or all of them.
     The recurrent layer after it receives c with every token, not at the first one only. In packed rows a token's c is
@@ -69,25 +69,25 @@ class FixedContextModule(nn.Module):
         """Return an empty cache, which the first call fills."""
         return SummaryCache()
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Return what the summary says at each token. Raises `ValueError` without a context, or for another width."""
-        cache = stream.cache if isinstance(stream.cache, SummaryCache) else None
+        cache = placement.cache if isinstance(placement.cache, SummaryCache) else None
         if cache is not None and cache.said is not None:
             said, segments = cache.said, cache.segments
         else:
-            said, segments = self._read(stream, len(x))
+            said, segments = self._read(placement, len(x))
             if cache is not None:
                 cache.said, cache.segments = said, segments
         if segments is None:
             return said.expand(-1, x.shape[1], -1)
-        assert stream.segments is not None
-        mine = segments[:, None, :] == stream.segments[:, :, None]
+        assert placement.segments is not None
+        mine = segments[:, None, :] == placement.segments[:, :, None]
         last = segments.shape[1] - 1 - mine.flip(-1).int().argmax(-1)
         found = said.gather(1, last[..., None].expand(-1, -1, said.shape[-1]))
         return found * mine.any(-1, keepdim=True)  # a segment for which nothing was read is told nothing
 
-    def _read(self, stream: Stream, batch: int) -> tuple[Tensor, Tensor | None]:
-        context, segments = stream.context, stream.context_segments
+    def _read(self, placement: Placement, batch: int) -> tuple[Tensor, Tensor | None]:
+        context, segments = placement.context, placement.context_segments
         if context is None:
             raise ValueError("FixedContext has nothing to read: pass context=(batch, other time, dim) to the model")
         width = self.summary.in_features
@@ -97,7 +97,7 @@ class FixedContextModule(nn.Module):
             )
         if segments is None:
             return self.summary(context[:, -1:]), None
-        if stream.segments is not None:
+        if placement.segments is not None:
             return self.summary(context), segments
         real = segments > 0
         if context.device.type == "cpu" and not bool(real.any(1).all()):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from paperworks.core.initialization import Context
 from paperworks.core.linear import residual_output, undecayed
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.recurrent.recurrence import CausalConvolution, StateCache, doubling_recurrence, state_of
 from paperworks.nn.tap import Tap
 
@@ -79,15 +80,15 @@ class MambaModule(nn.Module):
         self.scanned = Tap()
         self.output = residual_output(nn.Linear(self.channels, dim, bias=False))
         if self.skip.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw as the reference does: A = -(1 .. N), D = 1, steps log-uniform on [0.001, 0.1], projections uniform."""
         for linear in (self.input, *((self.select,) if self.spec.selective else ())):
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.output.weight, a=math.sqrt(5))
-        self.output.weight /= math.sqrt(depth)
+        self.output.weight /= math.sqrt(context.depth)
         self.convolution.reset_parameters()
         self.log_decay.copy_(torch.arange(1, self.spec.state + 1).log().expand_as(self.log_decay))
         self.skip.fill_(1.0)
@@ -109,9 +110,9 @@ class MambaModule(nn.Module):
             state=torch.zeros(batch, self.channels, self.spec.state, dtype=wide, device=device),
         )
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         inner, gate = self.input(x).chunk(2, -1)
         inner, window = self.convolution(inner, None if cache is None else cache["window"], begins)
         inner = F.silu(inner)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from paperworks.core.linear import residual_output
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.recurrent.recurrence import StateCache, linear_recurrence, state_of
 from paperworks.nn.tap import Tap
 
@@ -57,13 +57,6 @@ def forget_bounds(depth: int) -> list[float]:
     return [layer / depth for layer in range(depth)]
 
 
-def share_forget_bounds(blocks: nn.ModuleList) -> None:
-    """Tell the layers of a stack whose bounds are learned of each other, in order: a bound depends on all of them."""
-    layers = [module for module in blocks.modules() if isinstance(module, MLGRUModule) and module.bound is not None]
-    for place, layer in enumerate(layers):
-        layer.place, layer.peers = place, tuple(layers)
-
-
 class MLGRUModule(nn.Module):
     """The module of `MLGRU`. Tap: `state` (batch, time, dim).
 
@@ -90,6 +83,13 @@ class MLGRUModule(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return StateCache(state=torch.zeros(batch, self.dim, dtype=wide, device=device))
 
+    @staticmethod
+    def share_layers(layers: list[MLGRUModule]) -> None:
+        """Tell the layers whose bounds are learned of each other, in order: a bound depends on all of them."""
+        learned = [layer for layer in layers if layer.bound is not None]
+        for place, layer in enumerate(learned):
+            layer.place, layer.peers = place, tuple(learned)
+
     def lower_bound(self) -> float | Float[Tensor, " dim"]:
         """Return what a forget gate is at least: one number, or one a channel."""
         if self.spec.lower_bound != "learned":
@@ -98,9 +98,9 @@ class MLGRUModule(nn.Module):
         wide = torch.stack(rows).to(torch.float64 if rows[0].dtype == torch.float64 else torch.float32)
         return layer_bounds(wide)[self.place]
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         bound = self.lower_bound()
         forget = bound + (1 - bound) * torch.sigmoid(self.forget(x).to(wide))

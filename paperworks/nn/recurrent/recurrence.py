@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from paperworks.nn.placement import MixerCache, Stream
+from paperworks.nn.placement import MixerCache, Placement
 
 
 class StateCache(MixerCache):
@@ -36,11 +36,11 @@ class StateCache(MixerCache):
         return sum(state.nbytes for state in self.states.values())
 
 
-def state_of(stream: Stream) -> StateCache | None:
-    """Return the stream's cache as a recurrent mixer's. Raises `TypeError` for another mixer's cache."""
-    if stream.cache is not None and not isinstance(stream.cache, StateCache):
-        raise TypeError(f"a recurrent mixer was given a {type(stream.cache).__name__}: the cache is another model's")
-    return stream.cache
+def state_of(placement: Placement) -> StateCache | None:
+    """Return the placement's cache as a recurrent mixer's. Raises `TypeError` for another mixer's cache."""
+    if placement.cache is not None and not isinstance(placement.cache, StateCache):
+        raise TypeError(f"a recurrent mixer was given a {type(placement.cache).__name__}: the cache is another model's")
+    return placement.cache
 
 
 def before(

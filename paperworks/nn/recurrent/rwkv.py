@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from paperworks.core.initialization import Context
 from paperworks.core.linear import residual_output
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.recurrent.recurrence import StateCache, before, linear_recurrence, state_of
 from paperworks.nn.tap import Tap
 
@@ -125,13 +126,13 @@ class TimeMix(nn.Module):
         self.bonus = nn.Parameter(torch.empty(dim))
         self.mean = Tap()
         if self.bonus.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw as the paper does (Appendix E); in a model of alternating blocks, layer // 2 is the paper's layer."""
         dim = len(self.bonus)
-        depths, place = _depths(layer, depth), torch.arange(dim) / dim
+        depths, place = _depths(context.layer, context.depth), torch.arange(dim) / dim
         channel = torch.arange(dim) / max(dim - 1, 1)
         self.log_decay.copy_(-5 + 8 * channel ** (0.7 + 1.3 * depths))
         self.bonus.copy_(0.5 * (((torch.arange(dim) + 1) % 3) - 1) + math.log(0.3))
@@ -150,9 +151,9 @@ class TimeMix(nn.Module):
         state[:, 2] = NOTHING
         return StateCache(last=torch.zeros(batch, dim, dtype=dtype, device=device), state=state)
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         last = before(x, None if cache is None else cache["last"], begins)
         receptance = self.receptance(_blend(x, last, self.blend_receptance))
         key, value = self.key(_blend(x, last, self.blend_key)), self.value(_blend(x, last, self.blend_value))
@@ -182,13 +183,13 @@ class ChannelMix(nn.Module):
         self.blend_key = nn.Parameter(torch.empty(dim))
         self.hidden = Tap()
         if self.blend_key.device.type != "meta":
-            self.initialize(1, 2)
+            self.initialize(Context(layer=1, depth=2))
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw as the paper does; in a model of alternating blocks, layer // 2 is the paper's layer."""
         dim = len(self.blend_key)
-        blend = (torch.arange(dim) / dim) ** (1 - _depths(layer, depth))
+        blend = (torch.arange(dim) / dim) ** (1 - _depths(context.layer, context.depth))
         self.blend_key.copy_(blend)
         self.blend_receptance.copy_(blend)
         nn.init.orthogonal_(self.key.weight, gain=math.sqrt(max(1.0, self.key.out_features / dim)))
@@ -199,10 +200,10 @@ class ChannelMix(nn.Module):
         """Return the token before the first: zeros."""
         return StateCache(last=torch.zeros(batch, len(self.blend_key), dtype=dtype, device=device))
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix each token with the one before it."""
-        cache = state_of(stream)
-        last = before(x, None if cache is None else cache["last"], stream.begins())
+        cache = state_of(placement)
+        last = before(x, None if cache is None else cache["last"], placement.begins())
         if cache is not None:
             cache["last"] = x[:, -1]
         hidden = self.hidden(torch.relu(self.key(_blend(x, last, self.blend_key))).square())

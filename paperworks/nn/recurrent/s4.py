@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.core.initialization import Context
 from paperworks.core.linear import residual_output, undecayed
 from paperworks.kernels.fft import causal_convolution
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.recurrent import hippo
 from paperworks.nn.recurrent.documents import Documents
 from paperworks.nn.recurrent.recurrence import StateCache, state_of
@@ -97,14 +98,14 @@ class S4Module(nn.Module):
         self.scanned = Tap()
         self.output = residual_output(nn.Linear(dim, 2 * dim))
         if self.skip.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     def state_space_parameters(self) -> list[nn.Parameter]:
         """Return what is trained at the state space's own rate."""
         return list(self.parameters(recurse=False))
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw steps, C and D; A and B are those of HiPPO, the same for every channel, or random ones."""
         spec = self.spec
         modes = hippo.legs_modes(spec.state) if spec.initial == "legs" else hippo.random_modes(spec.state)
@@ -125,9 +126,9 @@ class S4Module(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return S4Cache(state=torch.zeros(batch, len(self.skip), self.spec.state, dtype=wide, device=device))
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         with torch.autocast(x.device.type, enabled=False):  # spectra need more than half precision
             given = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
             if cache is not None:

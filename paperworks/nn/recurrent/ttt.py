@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.core.initialization import Context
 from paperworks.core.linear import residual_output
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.position.rotary import RoPE
 from paperworks.nn.recurrent.documents import Documents
 from paperworks.nn.recurrent.recurrence import CausalConvolution, StateCache, state_of
@@ -99,10 +100,10 @@ class TTTModule(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.output = residual_output(nn.Linear(dim, dim, bias=False))
         if self.place_rate.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw as the reference does: W from N(0, 0.02), b and corrections of places zero, the inner norm plain."""
         for name, parameter in self.inner.items():
             nn.init.zeros_(parameter) if name.startswith("b") else nn.init.normal_(parameter, std=0.02)
@@ -128,9 +129,9 @@ class TTTModule(nn.Module):
                 cache[name] = self.query_convolution.new_window(batch, dtype, device)
         return cache
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         query, key = self._queries_and_keys(x, cache, begins)
         rate = self._rates(x).to(wide)

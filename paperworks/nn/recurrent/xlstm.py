@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paperworks.core.initialization import Context
 from paperworks.core.linear import residual_output
 from paperworks.nn.mixer import Mixer
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 from paperworks.nn.recurrent.recurrence import CausalConvolution, StateCache, state_of
 from paperworks.nn.tap import Tap
 
@@ -221,10 +222,10 @@ class MLSTMModule(nn.Module):
         self.skip = nn.Parameter(torch.ones(channels))
         self.down = residual_output(nn.Linear(channels, dim, bias=False))
         if self.skip.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Draw as the reference does: gates that depend on nothing yet, and remember for 20 to 400 tokens."""
         self.enter.weight.zero_()
         self.forget.weight.zero_()
@@ -239,9 +240,9 @@ class MLSTMModule(nn.Module):
         window = self.convolution.new_window(batch, dtype, device)
         return StateCache(window=window, matrix=matrix, norm=norm, stabiliser=stabiliser)
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         inner, gate = self.up(x).chunk(2, -1)
         convolved, window = self.convolution(inner, None if cache is None else cache["window"], begins)
         convolved = F.silu(convolved)
@@ -274,15 +275,15 @@ class SLSTMModule(nn.Module):
         self.heads = Tap()
         self.norm = HeadNorm(dim, spec.heads)
         if self.bias.device.type != "meta":
-            self.initialize(0, 1)
+            self.initialize(Context())
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Set recurrent matrices and biases to zero, the forget gate's spread over the channels (reference)."""
         self.recurrent.zero_()
         self.bias.zero_()
         # powers of a block-dependent exponent, from -5 to 7: some channels forget at once, some hardly
-        exponent = 0.3 + 1.3 * layer / max(depth - 1, 1)
+        exponent = 0.3 + 1.3 * context.layer / max(context.depth - 1, 1)
         spread = torch.arange(self.size) / max(self.size - 1, 1)
         self.bias[:, self.size : 2 * self.size] = 12 * spread**exponent - 5
 
@@ -294,9 +295,9 @@ class SLSTMModule(nn.Module):
         parts = {"hidden": zeros, "cell": zeros.clone(), "norm": zeros.clone(), "stabiliser": zeros + NOTHING}
         return StateCache(window=window, **parts)
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache, begins = state_of(stream), stream.begins()
+        cache, begins = state_of(placement), placement.begins()
         convolved, window = self.convolution(x, None if cache is None else cache["window"], begins)
         convolved = F.silu(convolved)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -18,9 +18,9 @@ from paperworks.nn import (
     Attention,
     LayerNorm,
     LearnedPositions,
+    Placement,
     RelativePosition,
     SinusoidalPositions,
-    open_stream,
 )
 from paperworks.nn.position.relative import alibi_slopes
 from paperworks.testbeds.characters import play
@@ -63,7 +63,7 @@ def bias_is_exact(lab: Lab) -> Verdict:
         if isinstance(linear, nn.Linear):
             nn.init.normal_(linear.weight, std=dim**-0.5)
     x = torch.randn(2, time, dim, dtype=torch.float64)
-    out = module(x, open_stream(2, time, x.device))
+    out = module(x, Placement().resolve(2, time, x.device))
     at = torch.arange(time)
     distance = at - at[:, None]
     slopes = torch.tensor(powers, dtype=torch.float64)[:, None, None]

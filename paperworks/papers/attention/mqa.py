@@ -11,7 +11,7 @@ from torch import Tensor
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Block, Decoder, count_parameters
-from paperworks.nn import Attention, Cache, GatedMLP, open_stream
+from paperworks.nn import Attention, Cache, GatedMLP, Placement
 from paperworks.testbeds.characters import character_llama, held_out_loss, trained
 
 paper = Paper(
@@ -66,7 +66,7 @@ def is_attention_with_equal_heads(lab: Lab) -> Verdict:
     x = torch.randn(2, 20, dim, dtype=torch.float64)
 
     def out(module: torch.nn.Module) -> Tensor:
-        result: Tensor = module(x, open_stream(2, 20, x.device))
+        result: Tensor = module(x, Placement().resolve(2, 20, x.device))
         return result
 
     same, other = (float((out(shared) - out(module)).abs().max()) for module in (wide, own))
@@ -127,9 +127,9 @@ def _seconds(lab: Lab, spec: Attention, rows: int, length: int) -> float:
     x, taken = torch.randn(rows, 1, 512), []
     with lab.threads(1):
         for _ in range(repeats):
-            stream = open_stream(rows, 1, cpu, cache=cache).at(held)
+            placement = Placement(cache=cache).resolve(rows, 1, cpu).at(held)
             began = time.perf_counter()
-            module(x, stream)
+            module(x, placement)
             taken.append(time.perf_counter() - began)
     return min(taken)
 

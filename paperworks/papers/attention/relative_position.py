@@ -13,7 +13,7 @@ from paperworks import train
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import Block, Encoder
-from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, RelativeVectors, open_stream
+from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, Placement, RelativeVectors
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -53,7 +53,7 @@ def fast_form_is_exact(lab: Lab) -> Verdict:
     distance = _distances(time)
     built = {reach: _attention(reach) for reach in (0, REACH)}
     x = torch.randn(2, time, DIM, dtype=torch.float64)
-    outs = {reach: each(x, open_stream(2, time, x.device)) for reach, each in built.items()}
+    outs = {reach: each(x, Placement().resolve(2, time, x.device)) for reach, each in built.items()}
     right = distance.clamp(-REACH, REACH) + REACH
     module = built[REACH]
     gaps = {
@@ -61,10 +61,10 @@ def fast_form_is_exact(lab: Lab) -> Verdict:
         "clipped after the shift": _gap(_gathered(module, x, (distance + REACH).clamp(0, REACH)), outs[REACH]),
         "query - key": _gap(_gathered(module, x, (-distance).clamp(-REACH, REACH) + REACH), outs[REACH]),
     }
-    later = open_stream(2, time, x.device, positions=torch.arange(time)[None] + 1000)
+    later = Placement(positions=torch.arange(time)[None] + 1000).resolve(2, time, x.device)
     order = torch.randperm(time)
     permuted = {
-        reach: _gap(each(x[:, order], open_stream(2, time, x.device)), outs[reach][:, order])
+        reach: _gap(each(x[:, order], Placement().resolve(2, time, x.device)), outs[reach][:, order])
         for reach, each in built.items()
     }
     plain = Attention(heads=HEADS, causal=False).build(DIM)

@@ -21,6 +21,7 @@ from paperworks.nn import (
     LinearScaling,
     Llama3Scaling,
     NTKScaling,
+    Placement,
     RoPE,
     YaRNScaling,
 )
@@ -241,8 +242,8 @@ def positions_may_be_shifted(lab: Lab) -> Verdict:
     positions = torch.arange(tokens.shape[1], device=lab.device)[None]
     half = 1000 * (positions >= tokens.shape[1] // 2)
     logits = model(tokens)
-    shifted = _largest(model(tokens, positions=positions + 1000) - logits)
-    torn = _largest(model(tokens, positions=positions + half) - logits)
+    shifted = _largest(model(tokens, Placement(positions=positions + 1000)) - logits)
+    torn = _largest(model(tokens, Placement(positions=positions + half)) - logits)
     return lab.judge(
         checks={"all moved: logits change by less than 0.01": shifted < 1e-2, "half moved: by more than 1": torn > 1},
         measured={"largest change, all moved": shifted, "largest logit": _largest(logits)},
@@ -316,7 +317,7 @@ def _cached_difference(model: DecoderModel) -> float:
     tokens = play().validation[None, :LENGTH]
     whole = model(tokens)
     cache = model.new_cache(1, LENGTH)
-    parts = [model(tokens[:, at : at + 1], cache=cache) for at in range(LENGTH)]
+    parts = [model(tokens[:, at : at + 1], Placement(cache=cache)) for at in range(LENGTH)]
     return _largest(torch.cat(parts, 1) - whole)
 
 

@@ -13,9 +13,9 @@ from paperworks import train
 from paperworks.generation import beam_search
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import Block, Decoder, Encoder, Seq2Seq, Seq2SeqModel, count_parameters
+from paperworks.models import Block, Decoder, Encoder, PostNorm, Seq2Seq, Seq2SeqModel, count_parameters
 from paperworks.models.encoder import segments_of
-from paperworks.nn import MLP, Attention, CrossAttention, LayerNorm, SinusoidalPositions
+from paperworks.nn import MLP, Attention, CrossAttention, LayerNorm, Placement, SinusoidalPositions
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -45,7 +45,7 @@ def transformer(dim: int, depth: int, heads: int, hidden: int, vocab_size: int, 
     """Return the paper's architecture: post-norm, no biases in attention, one table for all three embeddings."""
     looking = Block(
         norm=LayerNorm(),
-        arrangement="post",
+        arrangement=PostNorm(),
         mixer=Attention(heads=heads, causal=False),
         feedforward=MLP(hidden=hidden, activation="relu"),
         dropout=dropout,
@@ -96,7 +96,7 @@ def sizes_positions_and_rates(lab: Lab) -> Verdict:
     model = transformer(32, 2, 4, 64, WORDS + 3, dropout=0.0).build().double().eval()
     source, target = torch.randint(3, 23, (2, 9)), torch.randint(3, 23, (2, 7))
     lengths = segments_of(torch.tensor([9, 5]), 9)
-    logits = model(source, target, source_segments=lengths)
+    logits = model(source, target, source_placement=Placement(segments=lengths))
     changed = torch.where(lengths > 0, source, (source + 1) % 23)
     later = target.clone()
     later[:, 4] = (later[:, 4] + 1) % 23
@@ -105,9 +105,11 @@ def sizes_positions_and_rates(lab: Lab) -> Verdict:
         "base and big have 63,045,632 and 214,171,648 parameters": (base, big) == (63_045_632, 214_171_648),
         "PE(pos + k) is a rotation of PE(pos)": rotation < 1e-12,
         "the rate is d^-0.5 min(n^-0.5, n w^-1.5)": apart < 1e-12,
-        "the content of padding changes no bit": torch.equal(model(changed, target, source_segments=lengths), logits),
+        "the content of padding changes no bit": torch.equal(
+            model(changed, target, source_placement=Placement(segments=lengths)), logits
+        ),
         "a later token changes nothing before it": torch.equal(
-            model(source, later, source_segments=lengths)[:, :4], logits[:, :4]
+            model(source, later, source_placement=Placement(segments=lengths))[:, :4], logits[:, :4]
         ),
         "no map turns random positions into each other": unfitted > 0.1,
     }
@@ -135,7 +137,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     """Return the smoothed loss of a batch, sum and count of words."""
     source, target = batch
     before = functional.pad(target[:, :-1], (1, 0), value=START)
-    logits = model(source, before, source_segments=(source > 0).long())
+    logits = model(source, before, source_placement=Placement(segments=(source > 0).long()))
     wanted = target.masked_fill(target == PAD, IGNORED)
     summed = train.smoothed_cross_entropy_sum(logits.flatten(0, 1), wanted.flatten(), 0.1, (PAD, START))
     return summed, (target > 0).sum()
@@ -181,7 +183,7 @@ def _right(model: Seq2SeqModel, count: int, *, blank: bool = False) -> tuple[flo
     """Return the share of whole sentences right when written greedily, of words right when told the past, the loss."""
     source, target = _sentences(count, torch.Generator().manual_seed(12_345))
     source = _blank(source) if blank else source
-    given = model.given(source, segments=(source > 0).long())
+    given = model.conditioned(source, Placement(segments=(source > 0).long()))
     start = torch.full((count, 1), START)
     written = beam_search(given, start, beams=1, max_new_tokens=LONGEST + 2, stop_tokens=[END], pad=PAD)
     wanted = target.masked_fill(target == END, PAD)
@@ -189,7 +191,7 @@ def _right(model: Seq2SeqModel, count: int, *, blank: bool = False) -> tuple[flo
     same = [functional.pad(each, (0, width - each.shape[1])) for each in (written, wanted)]
     exact = float((same[0] == same[1]).all(1).float().mean())
     before = functional.pad(target[:, :-1], (1, 0), value=START)
-    logits = model(source, before, source_segments=(source > 0).long())
+    logits = model(source, before, source_placement=Placement(segments=(source > 0).long()))
     real = (target > 0) & (target != END)
     told = float((logits.argmax(-1) == target)[real].float().mean())
     loss = float(functional.cross_entropy(logits[real], target[real]))

@@ -18,7 +18,7 @@ from torch.nn import functional
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Block, Decoder, DecoderModel
-from paperworks.nn import Attention, Cache
+from paperworks.nn import Attention, Cache, Placement
 from paperworks.nn.attention.attention import KeyValueCache
 from paperworks.nn.attention.reference.tiled import EMPTY, Partial, merge
 from paperworks.nn.attention.reference.tree import (
@@ -188,7 +188,7 @@ def _decode(model: DecoderModel, cache: Cache, tokens: int) -> tuple[list[int], 
     """Return the tokens that are likeliest one after the other, and their logits."""
     said, logits = [1], []
     for _ in range(tokens):
-        logits.append(model(torch.tensor([said[-1:]]), cache=cache)[0, -1])
+        logits.append(model(torch.tensor([said[-1:]]), Placement(cache=cache))[0, -1])
         said.append(int(logits[-1].argmax()))
     return said[1:], torch.stack(logits)
 

@@ -15,6 +15,7 @@ from paperworks.data.text.texts import load_text
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import DecoderModel
+from paperworks.nn import Placement
 from paperworks.nn.attention.biases import (
     AttentionBias,
     BlockDiagonalCausalMask,
@@ -161,7 +162,7 @@ def packs_without_padding(lab: Lab) -> Verdict:
             alone.append(model.hidden(text[None]))
             advance(1)
         start = time.perf_counter()
-        packed = model.hidden(row, segments=segments)
+        packed = model.hidden(row, Placement(segments=segments))
         seconds = time.perf_counter() - start
         mixed = model.hidden(row)
         apart = torch.cat(alone, 1)

@@ -20,6 +20,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
 from paperworks.models import DecoderModel
 from paperworks.models.presets.families import llama
+from paperworks.nn import Placement
 from paperworks.testbeds import smollm2_activations as activations
 from paperworks.testbeds.scored_text import scored_text
 from paperworks.testbeds.smollm2 import smollm2
@@ -158,7 +159,7 @@ def _chance(lab: Lab, model: DecoderModel, capitals: Tensor) -> float:
     tokenizer: Any = model.tokenizer
     prompts = lab.pick(smoke=PROMPTS[:2], small=PROMPTS)
     tokens, segments = left_pad([tokenizer.encode(prompt) for prompt in prompts], model.device)
-    chances = model(tokens, segments=segments, last=1)[:, -1].softmax(dim=-1)
+    chances = model(tokens, Placement(segments=segments), last=1)[:, -1].softmax(dim=-1)
     return float(chances[:, capitals].sum(dim=-1).mean())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import count_parameters
+from paperworks.models import T5Initialization, count_parameters
 from paperworks.nn import MLP, Feedforward, GatedMLP
 from paperworks.nn.feedforward.mlp import Activation, GatedMLPModule, gated_hidden
 from paperworks.testbeds.characters import LR, character_llama, held_out_loss, play, trained
@@ -133,7 +133,7 @@ def gated_learn_more(lab: Lab) -> Verdict:
     seeds = tuple(lab.seed + offset for offset in range(lab.pick(smoke=1, small=3)))
     dim, depth, hidden = lab.pick(smoke=(24, 1, 48), small=(96, 2, 384))
     play()  # before the bars: it may have to be fetched
-    base = replace(character_llama(dim=dim, depth=depth), init="fan_in")  # T5's, the paper's test bed
+    base = replace(character_llama(dim=dim, depth=depth), init=T5Initialization())  # the paper's test bed
     specs = {name: replace(base, block=replace(base.blocks[0], feedforward=variant(name, hidden))) for name in TABLE_1}
     losses = {
         name: [held_out_loss(lab, trained(lab, spec, steps, seed, f"{name}, seed {seed}")) for seed in seeds]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paperworks import train
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.nn import LSTM, LayerNorm, open_stream
+from paperworks.nn import LSTM, LayerNorm, Placement
 from paperworks.testbeds.digits import classified, draw, taught
 
 paper = Paper(
@@ -111,7 +111,7 @@ class _Adder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch,) for x (batch, time, 2)."""
-        states = self.memory(self.read(x), open_stream(x.shape[0], x.shape[1], x.device))
+        states = self.memory(self.read(x), Placement().resolve(x.shape[0], x.shape[1], x.device))
         return self.say(states[:, -1])[:, 0]
 
 

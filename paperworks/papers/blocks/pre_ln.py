@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from paperworks import train
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import Block, Decoder, DecoderModel, Encoder, EncoderModel
-from paperworks.nn import MLP, Attention, LayerNorm, SinusoidalPositions, open_stream
+from paperworks.models import Block, Decoder, DecoderModel, Encoder, EncoderModel, PostNorm, PreNorm
+from paperworks.nn import MLP, Attention, LayerNorm, Placement, SinusoidalPositions
 from paperworks.testbeds.characters import BATCH, LENGTH, held_out_loss, play
 
 paper = Paper(
@@ -62,7 +62,7 @@ class _Classified(nn.Module):
             norm=LayerNorm(),
             mixer=Attention(heads=1, causal=False),
             feedforward=MLP(hidden=DIM, activation="relu"),
-            arrangement=arrangement,
+            arrangement=PreNorm() if arrangement == "pre" else PostNorm(),
         )
         spec = Encoder(
             vocab_size=CLASSES,
@@ -185,7 +185,7 @@ def _without_branches() -> bool:
     for kind in KINDS:
         block = _Classified(kind, 1).double().encoder.blocks[0]
         silence(block, "mixer.output", "feedforward.down")
-        outs[kind] = block(x, open_stream(2, TIME, x.device))
+        outs[kind] = block(x, Placement().resolve(2, TIME, x.device))
     normal = F.layer_norm(x, (DIM,))
     # twice through the norm: its epsilon of 1e-5 shrinks a normal vector by 5e-6
     return torch.equal(outs["pre"], x) and float((outs["post"] - normal).abs().max()) < 1e-4
@@ -223,7 +223,7 @@ def _model(lab: Lab, arrangement: Arrangement) -> Decoder:
         norm=LayerNorm(),
         mixer=Attention(heads=4, bias=True),
         feedforward=MLP(hidden=256, activation="relu"),
-        arrangement=arrangement,
+        arrangement=PreNorm() if arrangement == "pre" else PostNorm(),
     )
     spec = Decoder(
         vocab_size=play().tokenizer.vocab_size,

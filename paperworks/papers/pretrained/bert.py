@@ -13,9 +13,9 @@ from paperworks import train
 from paperworks.data.tasks.masking import mask_tokens, sentence_pairs
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
-from paperworks.models import Block, Decoder, DecoderModel, Encoder, EncoderModel, count_parameters
+from paperworks.models import Block, Decoder, DecoderModel, Encoder, EncoderModel, PostNorm, count_parameters
 from paperworks.models.encoder import MaskedLMHead, segments_of
-from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions
+from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, Placement
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -49,7 +49,7 @@ ROW = 5 * GROUPS
 def _block(*, causal: bool, dim: int, heads: int, hidden: int, dropout: float) -> Block:
     return Block(
         norm=LayerNorm(eps=1e-12),
-        arrangement="post",
+        arrangement=PostNorm(),
         mixer=Attention(heads=heads, causal=causal, bias=True, dropout=dropout),
         feedforward=MLP(hidden=hidden),
         dropout=dropout,
@@ -108,7 +108,9 @@ def sizes_and_shares(lab: Lab) -> Verdict:
     rows, segments = torch.randint(4, VOCAB, (2, ROW), generator=draws), segments_of(torch.tensor([ROW, 9]))
     other = torch.where(segments > 0, rows, (rows + 1) % VOCAB)
     real = segments > 0
-    same = torch.equal(model(rows, segments=segments)[real], model(other, segments=segments)[real])
+    same = torch.equal(
+        model(rows, Placement(segments=segments))[real], model(other, Placement(segments=segments))[real]
+    )
     off = max(abs(found - wanted) for found, wanted in zip(shares, (0.15, 0.12, 0.015, 0.015), strict=True))
     return lab.judge(
         checks={
@@ -258,7 +260,9 @@ def next_sentence_is_learned(lab: Lab) -> Verdict:
             train.fit(model, _both_losses, batches, _settings(lab, steps), on_step=lambda _: advance(1))
         pairs = sentence_pairs(held_out, judged, start=1, separator=2, generator=torch.Generator().manual_seed(98))
         with torch.no_grad():
-            hidden = model.eval().encoder(pairs.tokens, segments=pairs.segments, token_types=pairs.token_types)
+            hidden = model.eval().encoder(
+                pairs.tokens, Placement(segments=pairs.segments), token_types=pairs.token_types
+            )
             said = model.follows(model.encoder.pooler(hidden)).argmax(-1)  # type: ignore[misc]
         accuracy[name] = float((said == pairs.is_random).float().mean())
     return lab.judge(
@@ -275,6 +279,6 @@ def next_sentence_is_learned(lab: Lab) -> Verdict:
 def _both_losses(model: Any, batch: Any) -> Tensor:
     """Return the paper's loss: the mean over masked words plus the mean over pairs."""
     pairs, (tokens, targets) = batch
-    hidden = model.encoder(tokens, segments=pairs.segments, token_types=pairs.token_types)
+    hidden = model.encoder(tokens, Placement(segments=pairs.segments), token_types=pairs.token_types)
     words = functional.cross_entropy(model.words(hidden).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
     return words + functional.cross_entropy(model.follows(model.encoder.pooler(hidden)), pairs.is_random)

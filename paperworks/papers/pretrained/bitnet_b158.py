@@ -16,7 +16,8 @@ from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import DecoderModel
 from paperworks.models.presets.bitnet import bitnet
 from paperworks.nn import BitLinear
-from paperworks.nn.ternary import TernaryLinear, convert_linears, eight_bits, pack, ternary, unpack
+from paperworks.nn.linear_kind import convert_linears
+from paperworks.nn.ternary import TernaryLinear, eight_bits, pack, ternary, unpack
 from paperworks.testbeds.characters import LR, character_llama, held_out_loss, play, trained
 
 paper = Paper(

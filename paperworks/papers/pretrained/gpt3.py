@@ -13,7 +13,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Decoder, DecoderModel, count_parameters, preset
 from paperworks.models.presets.gpt import gpt3
-from paperworks.nn import open_stream
+from paperworks.nn import Placement
 from paperworks.testbeds.recall import IGNORED, RepeatedPairs
 from paperworks.testbeds.recall_models import taught
 
@@ -124,9 +124,9 @@ def _band(window: int) -> tuple[float, float]:
     expected = maps["output"]((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
     full = spec.blocks[0].mixer.build(32).double()
     full.load_state_dict(mixer.state_dict())
-    stream = open_stream(2, 64, x.device)
+    stream = Placement().resolve(2, 64, x.device)
     out = mixer(x, stream)
-    return float((out - expected).abs().max()), float((full(x, open_stream(2, 64, x.device)) - out).abs().max())
+    return float((out - expected).abs().max()), float((full(x, Placement().resolve(2, 64, x.device)) - out).abs().max())
 
 
 def _spec(lab: Lab, task: RepeatedPairs) -> Decoder:

@@ -13,7 +13,7 @@ from paperworks.generation import conditionals, fill
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Block, Decoder, DecoderModel
-from paperworks.nn import MLP, Attention, LayerNorm, PairedPositions, SinusoidalPositions
+from paperworks.nn import MLP, Attention, LayerNorm, PairedPositions, SinusoidalPositions, TargetPlacement
 from paperworks.testbeds.markov import MarkovChain
 from paperworks.testbeds.orders import AnyOrder, in_order, random_orders
 
@@ -162,17 +162,26 @@ def asking_is_exact(lab: Lab) -> Verdict:
     straight = in_order(strings, random_orders(8, LENGTH + 1, draws, fraction=0.0))
     shuffled = in_order(strings, random_orders(8, LENGTH + 1, draws))
     plain = model(strings[:, :-1])
-    ordered = model(straight["tokens"], positions=straight["positions"], asked=straight["asked"])
-    whole = model(shuffled["tokens"], positions=shuffled["positions"], asked=shuffled["asked"]).log_softmax(-1)
+    ordered = model(
+        straight["tokens"],
+        TargetPlacement(positions=straight["positions"], target_positions=straight["target_positions"]),
+    )
+    whole = model(
+        shuffled["tokens"],
+        TargetPlacement(positions=shuffled["positions"], target_positions=shuffled["target_positions"]),
+    ).log_softmax(-1)
     known, single, burst, shifted = 10, [], [], []
     for row in range(len(strings)):
         positions = shuffled["positions"][row, :known]
-        wanted = shuffled["asked"][row, known - 1 :]
+        wanted = shuffled["target_positions"][row, known - 1 :]
         answers = conditionals(model, shuffled["tokens"][row : row + 1, :known], positions, wanted)[0]
         burst.append(answers)
         for place in wanted:
             asked = torch.cat((positions[1:], place[None]))[None]
-            logits = model(shuffled["tokens"][row : row + 1, :known], positions=positions[None], asked=asked)
+            logits = model(
+                shuffled["tokens"][row : row + 1, :known],
+                TargetPlacement(positions=positions[None], target_positions=asked),
+            )
             single.append(logits[0, -1].log_softmax(-1))
         shifted.append((answers[1:2] - answers[:1]).abs().max())
     one_by_one = float((torch.cat(burst) - torch.stack(single)).abs().max())

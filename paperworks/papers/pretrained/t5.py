@@ -16,7 +16,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Seq2Seq, Seq2SeqModel, count_parameters, preset
 from paperworks.models.presets.families import t5
-from paperworks.nn import Attention, LearnedPositions
+from paperworks.nn import Attention, LearnedPositions, Placement
 from paperworks.nn.position.relative import bucket
 from paperworks.testbeds.characters import play
 from paperworks.train.losses import IGNORED
@@ -124,7 +124,7 @@ def _batch(text: Tensor, rows: int, length: int, draws: torch.Generator) -> dict
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    logits = model(batch["source"], batch["before"], source_segments=(batch["source"] > 0).long())
+    logits = model(batch["source"], batch["before"], source_placement=Placement(segments=(batch["source"] > 0).long()))
     wanted = batch["target"].masked_fill(batch["target"] == PAD, IGNORED)
     loss = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss, (wanted >= 0).sum()

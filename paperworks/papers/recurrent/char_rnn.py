@@ -16,7 +16,7 @@ from paperworks.interpret import record
 from paperworks.interpret.probing.separation import auroc
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import Block, Decoder, DecoderModel, count_parameters
+from paperworks.models import Block, Decoder, DecoderModel, NoResidual, count_parameters
 from paperworks.models.classic.kneser_ney import KneserNey
 from paperworks.nn import LSTM, Elman, Mixer
 from paperworks.nn.identity_norm import NoNorm
@@ -52,7 +52,7 @@ QUOTE_STEPS, QUOTE_LR = 1000, 5e-3
 
 def network(mixer: Mixer, vocab_size: int, dim: int = HIDDEN, layers: int = LAYERS) -> Decoder:
     """Return layers of one recurrent unit, one on the other, nothing added, nothing normed."""
-    block = Block(norm=NoNorm(), arrangement="plain", mixer=mixer)
+    block = Block(norm=NoNorm(), arrangement=NoResidual(), mixer=mixer)
     return Decoder(vocab_size=vocab_size, dim=dim, depth=layers, block=block, norm=None, init_std=0.08)
 
 

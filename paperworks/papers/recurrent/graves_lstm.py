@@ -19,7 +19,7 @@ from paperworks.models.classic.handwriting import (
     stroke_nats,
     synthesize,
 )
-from paperworks.nn import LSTM, open_stream
+from paperworks.nn import LSTM, Placement
 from paperworks.nn.mixture_density import StrokeDensity, StrokeMixture
 from paperworks.testbeds.strokes import Hand, Strokes
 from paperworks.train.optim.rmsprop_graves import RMSPropGraves
@@ -106,7 +106,7 @@ def _difference(ours: Any, theirs: Any) -> float:
     theirs.bias_ih_l0.copy_(ours.input.bias)
     theirs.bias_hh_l0.zero_()
     x = torch.randn(2, 9, 6, dtype=torch.float64)
-    return float((ours(x, open_stream(2, 9, x.device)) - theirs(x)[0]).abs().max())
+    return float((ours(x, Placement().resolve(2, 9, x.device)) - theirs(x)[0]).abs().max())
 
 
 def _fitted(lab: Lab, components: int, steps: int, name: str) -> HandwritingModel:

@@ -13,8 +13,17 @@ from paperworks import train
 from paperworks.generation import beam_search
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import Block, Decoder, Encoder, Seq2Seq, Seq2SeqModel, count_parameters
-from paperworks.nn import GRU, CrossAttention, Elman, Mixer, open_stream
+from paperworks.models import (
+    Block,
+    Decoder,
+    Encoder,
+    NoResidual,
+    Seq2Seq,
+    Seq2SeqModel,
+    T5Initialization,
+    count_parameters,
+)
+from paperworks.nn import GRU, CrossAttention, Elman, Mixer, Placement
 from paperworks.nn.convolution.gated_recursive import GRConv
 from paperworks.nn.feedforward.maxout import Maxout
 from paperworks.nn.identity_norm import NoNorm
@@ -51,12 +60,12 @@ def translator(cross: Mixer, encoder: Mixer) -> Seq2Seq:
 
     The first layer knows what has been written so far, so that attention, where it stands, can ask with that.
     """
-    reading = Block(norm=NoNorm(), arrangement="plain", mixer=encoder)
+    reading = Block(norm=NoNorm(), arrangement=NoResidual(), mixer=encoder)
     asking = Block(norm=NoNorm(), mixer=GRU(), cross=cross)
-    writing = Block(norm=NoNorm(), arrangement="plain", mixer=GRU(), feedforward=Maxout())
+    writing = Block(norm=NoNorm(), arrangement=NoResidual(), mixer=GRU(), feedforward=Maxout())
     sizes: dict[str, Any] = {"vocab_size": WORDS + 2, "dim": SIZE, "norm": None, "embedding_std": 1.0}
-    decoder = Decoder(depth=2, block=(asking, writing), init="fan_in", **sizes)
-    return Seq2Seq(encoder=Encoder(depth=1, block=reading, init="fan_in", **sizes), decoder=decoder)
+    decoder = Decoder(depth=2, block=(asking, writing), init=T5Initialization(), **sizes)
+    return Seq2Seq(encoder=Encoder(depth=1, block=reading, init=T5Initialization(), **sizes), decoder=decoder)
 
 
 @paper.claim(
@@ -70,26 +79,26 @@ def units_and_pyramid(lab: Lab) -> Verdict:
     """Push gates to their ends; count the merges of sentences and add up their gates; compare both kinds of reset."""
     torch.manual_seed(lab.seed)
     x = torch.randn(3, 9, SIZE, dtype=torch.float64)
-    stream = open_stream(3, 9, x.device)
+    placement = Placement().resolve(3, 9, x.device)
     unit: Any = GRU().build(SIZE).double()
     plain: Any = Elman().build(SIZE).double()
     begin = unit.new_cache(3, 9, torch.float64, x.device)
     begin["state"] = state = torch.randn(3, SIZE, dtype=torch.float64)
     apart = _apart(unit, GRU(reset="after").build(SIZE).double(), x)
     unit.input.bias[SIZE : 2 * SIZE] = 1e3  # z = 1
-    copied = bool((unit(x, stream.at(begin)) == state[:, None]).all())
+    copied = bool((unit(x, placement.at(begin)) == state[:, None]).all())
     unit.input.bias[SIZE : 2 * SIZE], unit.input.bias[:SIZE] = -1e3, 1e3  # z = 0, r = 1
     plain.input.weight.copy_(unit.input.weight[2 * SIZE :])
     plain.input.bias.copy_(unit.input.bias[2 * SIZE :])
     plain.recurrent.weight.copy_(unit.recurrent.weight[2 * SIZE :])
-    elman = float((unit(x, stream) - plain(x, stream)).abs().max())
+    elman = float((unit(x, placement) - plain(x, placement)).abs().max())
     pyramid: Any = GRConv().build(SIZE).double()
     levels: list[Tensor] = []
     handle = pyramid.gates.register_forward_hook(lambda _, inputs, output: levels.append(output))
     merges = []
     for time in range(1, 10):
         levels.clear()
-        pyramid(x[:, :time], open_stream(3, time, x.device))
+        pyramid(x[:, :time], Placement().resolve(3, time, x.device))
         merges.append(sum(level.shape[1] for level in levels))
     handle.remove()
     off = max(float((level.sum(-1) - 1).abs().max()) for level in levels)
@@ -106,9 +115,9 @@ def units_and_pyramid(lab: Lab) -> Verdict:
 
 def _apart(before: nn.Module, after: nn.Module, x: Tensor) -> float:
     weights = dict(before.named_parameters()) | {"recurrent.bias": x.new_zeros(3 * SIZE)}
-    stream = open_stream(len(x), x.shape[1], x.device)
-    moved = torch.func.functional_call(after, weights, (x, stream))
-    return float((before(x, stream) - moved).abs().max())
+    placement = Placement().resolve(len(x), x.shape[1], x.device)
+    moved = torch.func.functional_call(after, weights, (x, placement))
+    return float((before(x, placement) - moved).abs().max())
 
 
 def _sentences(rows: int, length: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -150,7 +159,7 @@ def _right(lab: Lab, model: Seq2SeqModel, count: int) -> list[float]:
         start = torch.full((count, 1), START)
         with lab.threads(1):
             written = beam_search(
-                model.given(source), start, beams=BEAMS, max_new_tokens=LONGEST + 2, stop_tokens=[END], pad=START
+                model.conditioned(source), start, beams=BEAMS, max_new_tokens=LONGEST + 2, stop_tokens=[END], pad=START
             )
         wanted = target[:, :-1]
         width = max(written.shape[1], length)

@@ -12,7 +12,7 @@ from torch import Tensor
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
 from paperworks.models import DecoderModel, count_parameters, preset
-from paperworks.nn import RWKV, Attention, Mamba, Mixer, RoPE, open_stream
+from paperworks.nn import RWKV, Attention, Mamba, Mixer, Placement, RoPE
 from paperworks.nn.recurrent.mamba import selective_scan
 from paperworks.nn.recurrent.recurrence import doubling_recurrence, linear_recurrence
 from paperworks.testbeds.recall import InductionHeads, SelectiveCopying
@@ -224,7 +224,7 @@ def _seconds(mixer: Mixer, length: int) -> float:
 
     def once() -> float:
         began = time.perf_counter()
-        module(x, open_stream(1, length, x.device))
+        module(x, Placement().resolve(1, length, x.device))
         return time.perf_counter() - began
 
     return _least(once)

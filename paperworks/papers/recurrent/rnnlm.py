@@ -16,7 +16,7 @@ from paperworks.data.text.texts import load_text
 from paperworks.data.text.words import Vocabulary, split_words
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import Block, Decoder, DecoderModel, count_parameters
+from paperworks.models import Block, Decoder, DecoderModel, NoResidual, count_parameters
 from paperworks.models.classic.kneser_ney import KneserNey
 from paperworks.models.surgery.interpolation import interpolated, mixture_weights
 from paperworks.nn import Elman
@@ -76,7 +76,7 @@ def _words(most: int | None) -> Words:
 
 def _network(vocab_size: int) -> Decoder:
     """s(t) = sigmoid(U w(t) + W s(t-1)), y(t) = softmax(V s(t)); weights of deviation 0.1."""
-    block = Block(norm=NoNorm(), arrangement="plain", mixer=Elman(activation="sigmoid"))
+    block = Block(norm=NoNorm(), arrangement=NoResidual(), mixer=Elman(activation="sigmoid"))
     return Decoder(vocab_size=vocab_size, dim=HIDDEN, depth=1, block=block, norm=None, init_std=0.1)
 
 

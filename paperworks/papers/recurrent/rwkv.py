@@ -12,6 +12,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Decoder, DecoderModel, count_parameters, preset
 from paperworks.models.presets.families import rwkv4
+from paperworks.nn import Placement
 from paperworks.nn.recurrent.rwkv import wkv
 from paperworks.testbeds.characters import character_llama, held_out_loss, play, trained
 
@@ -185,11 +186,11 @@ def _token_seconds(lab: Lab, model: DecoderModel, place: int) -> float:
     cache = model.new_cache(rows, place + times)
     draws = torch.Generator().manual_seed(0)
     with lab.threads(1):
-        model(torch.randint(vocab, (rows, place), generator=draws), cache=cache)
+        model(torch.randint(vocab, (rows, place), generator=draws), Placement(cache=cache))
         taken = []
         for _ in range(times):
             token = torch.randint(vocab, (rows, 1), generator=draws)
             began = time.perf_counter()
-            model(token, cache=cache)
+            model(token, Placement(cache=cache))
             taken.append(time.perf_counter() - began)
     return min(taken)

@@ -13,8 +13,8 @@ from paperworks import train
 from paperworks.kernels.fft import fft_convolution
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
-from paperworks.models import Block
-from paperworks.nn import LSTM, LayerNorm, Mixer, NoNorm, open_stream
+from paperworks.models import Block, NoResidual
+from paperworks.nn import LSTM, LayerNorm, Mixer, NoNorm, Placement
 from paperworks.nn.recurrent.hippo import legendre, legs, legs_modes
 from paperworks.nn.recurrent.s4 import S4, S4Module
 from paperworks.testbeds.digits import classified, draw, taught
@@ -58,9 +58,11 @@ def views_agree(lab: Lab) -> Verdict:
     assert isinstance(layer, S4Module)
     found, (powers, uncorrected) = layer.kernel(length, torch.float64), _by_powers(layer, length)
     x = torch.randn(2, length, 4, dtype=torch.float64)
-    whole = layer(x, open_stream(2, length, x.device))
+    whole = layer(x, Placement().resolve(2, length, x.device))
     cache = layer.new_cache(2, length, x.dtype, x.device)
-    pieces = [layer(part, open_stream(2, part.shape[1], x.device).at(cache)) for part in x.split(length // 3 + 1, 1)]
+    pieces = [
+        layer(part, Placement().resolve(2, part.shape[1], x.device).at(cache)) for part in x.split(length // 3 + 1, 1)
+    ]
     padded = fft_convolution(x, found)
     wrapped = torch.fft.irfft(torch.fft.rfft(x.transpose(1, 2)) * torch.fft.rfft(found), n=length).transpose(1, 2)
 
@@ -161,9 +163,9 @@ class Reader(nn.Module):
         read = self.input(x.flatten(1)[..., None])
         rows, time = read.shape[:2]
         segments = torch.arange(1, time + 1, device=read.device).expand(rows, time) if self.apart else None
-        stream = open_stream(rows, time, read.device, segments=segments)
+        placement = Placement(segments=segments).resolve(rows, time, read.device)
         for block in self.blocks:
-            read = block(read, stream)
+            read = block(read, placement)
         if self.at != "every":
             read = read[:, -1] if self.at == "last" else read.mean(1)
         return self.output(self.norm(read))
@@ -284,7 +286,7 @@ def delays_a_signal(lab: Lab) -> Verdict:
     for name, mixer in layers.items():
         torch.manual_seed(lab.seed)
         # no norm: it would take away the size of a signal of one channel
-        model = Reader(Block(norm=NoNorm(), mixer=mixer, arrangement="plain"), 32, 1, 1, "every")
+        model = Reader(Block(norm=NoNorm(), mixer=mixer, arrangement=NoResidual()), 32, 1, 1, "every")
 
         def loss(model: nn.Module, signal: Tensor) -> tuple[Tensor, int]:
             error = model(signal)[:, lag:, 0] - signal[:, :-lag]

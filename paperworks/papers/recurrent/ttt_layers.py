@@ -13,7 +13,7 @@ from paperworks import train
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
 from paperworks.models import Block, count_parameters
-from paperworks.nn import GatedMLP, LayerNorm, Mixer, open_stream
+from paperworks.nn import GatedMLP, LayerNorm, Mixer, Placement
 from paperworks.nn.recurrent.ttt import TTT
 from paperworks.nn.recurrent.ttt_inner import InnerNorm, State, fresh_state, inner_step, inner_weights
 from paperworks.testbeds.characters import LENGTH, character_llama, held_out_loss, trained
@@ -170,7 +170,7 @@ class Predictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, time, outputs)."""
         read = self.input(x)
-        stream = open_stream(len(x), x.shape[1], x.device)
+        stream = Placement().resolve(len(x), x.shape[1], x.device)
         for block in self.blocks:
             read = block(read, stream)
         return self.output(self.norm(read))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
 from paperworks.models import DecoderModel
-from paperworks.nn import LSTM, MLSTM, SLSTM, Attention, Feedforward, GatedMLP, Mixer, RoPE, open_stream
+from paperworks.nn import LSTM, MLSTM, SLSTM, Attention, Feedforward, GatedMLP, Mixer, Placement, RoPE
 from paperworks.nn.recurrent.xlstm import SLSTMModule, empty_memory, matrix_memory
 from paperworks.testbeds.recall import AssociativeRecall
 from paperworks.testbeds.recall_models import Task, remembered, small, taught
@@ -127,7 +127,7 @@ def _difference_from_lstm(lab: Lab) -> float:
     cache["norm"], cache["stabiliser"] = torch.ones_like(cache["norm"]), torch.zeros_like(cache["norm"])
     states: list[Tensor] = []
     hook = layer.heads.register_forward_hook(lambda _module, _given, out: states.append(out))
-    layer(x, open_stream(1, 30, x.device).at(cache))
+    layer(x, Placement().resolve(1, 30, x.device).at(cache))
     hook.remove()
     cell, hidden, worst = torch.zeros(size, dtype=x.dtype), torch.zeros(size, dtype=x.dtype), 0.0
     keep = torch.sigmoid(forget)

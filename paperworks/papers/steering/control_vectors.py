@@ -23,6 +23,7 @@ from paperworks.interpret import ControlVector
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import DecoderModel
+from paperworks.nn import Placement
 
 paper = Paper(
     key="control-vectors",
@@ -100,7 +101,7 @@ def _last_states(
         prompts = [tokenizer.encode(text) for text in texts[start : start + 16]]
         tokens, segments = left_pad(prompts, model.device)
         with interpret.record(model, list(paths)) as seen:
-            model.hidden(tokens, segments=segments)
+            model.hidden(tokens, Placement(segments=segments))
         for path in paths:
             parts[path].append(seen[path][:, -1].clone())
     return {path: torch.cat(values) for path, values in parts.items()}
@@ -155,7 +156,7 @@ def _loud_beginnings(lab: Lab, model: DecoderModel, vector: ControlVector, stren
     tokenizer: Any = model.tokenizer
     tokens, segments = left_pad([tokenizer.encode(prompt) for prompt in _questions(lab, model)], model.device)
     with vector.apply(model, strength):
-        chances = model(tokens, segments=segments, last=1)[:, -1].softmax(dim=-1)
+        chances = model(tokens, Placement(segments=segments), last=1)[:, -1].softmax(dim=-1)
     return float(chances[:, _capital_tokens(model)].sum(dim=-1).mean())
 
 

@@ -22,7 +22,7 @@ from paperworks.data.tokenizers.tokenizer import train_bpe
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Block, Decoder, Encoder, Seq2Seq, Seq2SeqModel
-from paperworks.nn import Attention, CrossAttention, GatedMLP, RMSNorm, RoPE
+from paperworks.nn import Attention, CrossAttention, GatedMLP, Placement, RMSNorm, RoPE
 from paperworks.nn.convolution.short import ShortConvolution
 
 paper = Paper(
@@ -221,7 +221,7 @@ def _logits(model: nn.Module, source: Tensor, target: Tensor) -> Tensor:
     logits: Tensor = model(
         source,
         functional.pad(target[:, :-1], (1, 0), value=START),
-        source_segments=(source != PAD).long(),
+        source_placement=Placement(segments=(source != PAD).long()),
         segments=(target != PAD).long(),
     )
     return logits

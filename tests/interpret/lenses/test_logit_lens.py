@@ -5,7 +5,7 @@ from torch import nn
 from paperworks import interpret
 from paperworks.interpret.lenses.logit_lens import direct_logit_attribution, logit_lens
 from paperworks.interpret.residual import ResidualStream, decompose, frozen_norm, head_outputs, residual_stream
-from paperworks.models import Block, Decoder
+from paperworks.models import Block, Decoder, PreNorm
 from paperworks.nn import MLP, Attention, GatedMLP, LayerNorm, LearnedPositions, NoNorm, RMSNorm, RoPE
 from tests.parity.families import oracle
 
@@ -31,7 +31,7 @@ def llama_like(**changes):
     return randomized(Decoder(**{**fields, **changes}))
 
 
-def gpt2_like(arrangement="pre"):
+def gpt2_like(arrangement=PreNorm()):
     block = Block(
         norm=LayerNorm(), mixer=Attention(heads=4, bias=True), feedforward=MLP(hidden=24), arrangement=arrangement
     )

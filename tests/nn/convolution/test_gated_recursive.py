@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paperworks.interpret import record
-from paperworks.nn import open_stream
+from paperworks.nn import Placement
 from paperworks.nn.convolution.gated_recursive import GRConv
 from paperworks.nn.recurrent.classic import GRU
 
@@ -25,7 +25,7 @@ def vectors(*shape):
 
 
 def run(built, x, **options):
-    return built(x, open_stream(len(x), x.shape[1], x.device, **options))
+    return built(x, Placement(**options).resolve(len(x), x.shape[1], x.device))
 
 
 def root(built, words):
@@ -106,6 +106,6 @@ def test_a_cache_of_another_mixer_and_a_wrong_width_are_refused():
     built, x = module(), vectors(1, 3, 6)
     other = GRU().build(6).new_cache(1, 4, torch.float64, x.device)
     with pytest.raises(TypeError, match="GRConv was given a StateCache"):
-        built(x, open_stream(1, 3, x.device).at(other))
+        built(x, Placement().resolve(1, 3, x.device).at(other))
     with pytest.raises(ValueError, match=r"GRConv\.hidden must be at least 1, got 0"):
         GRConv(hidden=0)

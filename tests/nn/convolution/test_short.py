@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paperworks.models import Block, Decoder, Encoder
-from paperworks.nn import Attention, GatedMLP, RMSNorm, open_stream
+from paperworks.nn import Attention, GatedMLP, Placement, RMSNorm
 from paperworks.nn.convolution.short import ShortConvolution
 
 
@@ -14,10 +14,10 @@ def test_it_is_the_weighted_sum_of_neighbours_of_the_same_segment(kernel, causal
     module = ShortConvolution(kernel=kernel, causal=causal).build(6).double()
     x = torch.randn(2, 9, 6, dtype=torch.float64)
     segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 3, 3], [1] * 7 + [0] * 2]) if packed else torch.ones(2, 9).long()
-    stream = open_stream(2, 9, x.device, segments=segments if packed else None)
+    placement = Placement(segments=segments if packed else None).resolve(2, 9, x.device)
     weight, bias = module.convolution.weight[:, 0], module.convolution.bias
     middle = kernel - 1 if causal else kernel // 2
-    out = module(x, stream)
+    out = module(x, placement)
     for row in range(2):
         for t in range(9):
             total = bias.clone()

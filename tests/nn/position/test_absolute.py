@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from paperworks.nn import LearnedPositions, SinusoidalPositions, open_stream
+from paperworks.nn import LearnedPositions, Placement, SinusoidalPositions
 
 CPU = torch.device("cpu")
 
@@ -31,8 +31,8 @@ def test_they_are_added_where_the_stream_says():
         else:
             torch.nn.init.normal_(module.weight)
             rows = module.weight
-        assert torch.equal(module(x, open_stream(2, 3, CPU, positions=positions)), rows[positions])
-        assert torch.equal(module(x, open_stream(2, 3, CPU)), rows[:3].expand(2, 3, 8))
+        assert torch.equal(module(x, Placement(positions=positions).resolve(2, 3, CPU)), rows[positions])
+        assert torch.equal(module(x, Placement().resolve(2, 3, CPU)), rows[:3].expand(2, 3, 8))
 
 
 def test_what_cannot_be_placed_is_refused():
@@ -40,4 +40,4 @@ def test_what_cannot_be_placed_is_refused():
         SinusoidalPositions().build(7)
     learned = LearnedPositions(length=2).build(8)
     with pytest.raises(ValueError, match="position 2 is beyond the 2 learned positions"):
-        learned(torch.zeros(1, 3, 8), open_stream(1, 3, CPU))
+        learned(torch.zeros(1, 3, 8), Placement().resolve(1, 3, CPU))

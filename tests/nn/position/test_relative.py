@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from paperworks.models import Block, Decoder
-from paperworks.nn import ALiBi, Attention, LayerNorm, RelativeBuckets, RelativeVectors, open_stream
+from paperworks.nn import ALiBi, Attention, LayerNorm, Placement, RelativeBuckets, RelativeVectors
 from paperworks.nn.position.relative import RelativePosition, alibi_slopes, bucket
 
 TIME, DIM, HEADS = 11, 16, 4
@@ -28,7 +28,7 @@ def module(position, causal=True, dim=DIM, heads=HEADS):
 
 
 def run(attention, x):
-    return attention(x, open_stream(*x.shape[:2], x.device))
+    return attention(x, Placement().resolve(*x.shape[:2], x.device))
 
 
 def vectors(*shape):
@@ -230,11 +230,11 @@ def test_layers_have_tables_of_their_own():
 )
 def test_only_distances_count(position):
     attention, x = module(position), vectors(1, TIME, DIM)
-    stream = open_stream(1, TIME, x.device, positions=torch.arange(TIME)[None] + 100)
-    assert torch.equal(attention(x, stream), run(attention, x))
+    placement = Placement(positions=torch.arange(TIME)[None] + 100).resolve(1, TIME, x.device)
+    assert torch.equal(attention(x, placement), run(attention, x))
     segments = torch.tensor([[1] * 4 + [2] * TIME])
     packed = torch.cat((vectors(1, 4, DIM) + 1, x), 1)
-    after = attention(packed, open_stream(1, TIME + 4, x.device, segments=segments))[:, 4:]
+    after = attention(packed, Placement(segments=segments).resolve(1, TIME + 4, x.device))[:, 4:]
     assert (after - run(attention, x)).abs().max() < 1e-12
 
 

@@ -9,9 +9,9 @@ from paperworks.nn import (
     Llama3Scaling,
     LongRoPEScaling,
     NTKScaling,
+    Placement,
     RoPE,
     YaRNScaling,
-    open_stream,
 )
 
 LAYOUTS = ["half", "interleaved"]
@@ -59,9 +59,9 @@ def test_layouts_agree_after_permuting_channels():
 
 
 def test_only_the_asked_fraction_is_rotated():
-    stream = open_stream(1, 6, torch.device("cpu"))
+    placement = Placement().resolve(1, 6, torch.device("cpu"))
     rope = RoPE(fraction=0.25)
-    cos, sin = rope.tables(stream, 16, torch.float64)
+    cos, sin = rope.tables(placement, 16, torch.float64)
     x = torch.randn(1, 2, 6, 16, dtype=torch.float64)
     turned = rope.rotate(x, cos, sin)
     assert torch.equal(turned[..., 4:], x[..., 4:])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from paperworks.interpret import record
-from paperworks.models import Block, Decoder
-from paperworks.nn import GRU, LSTM, Elman, open_stream
+from paperworks.models import Block, Decoder, NoResidual
+from paperworks.nn import GRU, LSTM, Elman, Placement
 from paperworks.nn.identity_norm import NoNorm
 
 
@@ -25,7 +25,7 @@ def module(spec, dim=6):
 
 
 def run(built, x):
-    return built(x, open_stream(len(x), x.shape[1], x.device))
+    return built(x, Placement().resolve(len(x), x.shape[1], x.device))
 
 
 @pytest.mark.parity
@@ -141,7 +141,7 @@ def test_cells_can_be_recorded_and_recording_changes_nothing_but_the_order_of_su
 @torch.no_grad()
 def test_stacked_layers_are_torchs_stack():
     """A plain block adds nothing, so two of them are a network of two layers."""
-    block = Block(norm=NoNorm(), mixer=LSTM(), arrangement="plain")
+    block = Block(norm=NoNorm(), mixer=LSTM(), arrangement=NoResidual())
     model = Decoder(vocab_size=9, dim=6, depth=2, block=block, norm=None).build().double()
     theirs = torch.nn.LSTM(6, 6, 2, batch_first=True, bias=True, dtype=torch.float64)
     for layer, part in enumerate(model.blocks):
@@ -155,7 +155,7 @@ def test_stacked_layers_are_torchs_stack():
 
 @torch.no_grad()
 def test_the_forget_gate_begins_open():
-    block = Block(norm=NoNorm(), mixer=LSTM(forget_bias=2.0), arrangement="plain")
+    block = Block(norm=NoNorm(), mixer=LSTM(forget_bias=2.0), arrangement=NoResidual())
     mixer = Decoder(vocab_size=9, dim=6, depth=1, block=block, norm=None).build().blocks[0].mixer
     assert mixer.input.bias.tolist() == [0.0] * 6 + [2.0] * 6 + [0.0] * 12
     assert 0 < float(mixer.recurrent.weight.abs().max()) <= 6**-0.5

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from paperworks import train
 from paperworks.models import Block, Decoder
-from paperworks.nn import Mamba, RMSNorm, open_stream
+from paperworks.nn import Mamba, Placement, RMSNorm
 from paperworks.nn.recurrent import mamba
 from paperworks.nn.recurrent.mamba import selective_scan
 from paperworks.nn.recurrent.recurrence import linear_recurrence
@@ -81,7 +81,7 @@ def test_the_mixer_is_transformers(time):
     copied(ours, theirs)
     x = torch.randn(2, time, 16, requires_grad=True)
     y = x.detach().clone().requires_grad_()
-    found, expected = ours(x, open_stream(2, time, x.device)), theirs.eval()(y)
+    found, expected = ours(x, Placement().resolve(2, time, x.device)), theirs.eval()(y)
     assert (found - expected).abs().max() < 1e-6
     upstream = torch.randn_like(found)
     (found * upstream).sum().backward()
@@ -146,7 +146,7 @@ def test_the_state_does_not_grow_and_is_kept_in_float32():
     short, long = (mixer.new_cache(2, capacity, torch.bfloat16, torch.device("cpu")) for capacity in (8, 100_000))
     assert short.bytes() == long.bytes()
     x = torch.randn(2, 5, 16).bfloat16()
-    assert mixer(x, open_stream(2, 5, x.device).at(long)).dtype == torch.bfloat16
+    assert mixer(x, Placement().resolve(2, 5, x.device).at(long)).dtype == torch.bfloat16
     assert long["state"].dtype == torch.float32
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from paperworks.models import Block, Decoder, DecoderModel, count_parameters
 from paperworks.models.presets.matmul_free import matmul_free
-from paperworks.nn import MLGRU, Attention, BitLinear, GatedMLP, RMSNorm, RoPE, Spec, open_stream
+from paperworks.nn import MLGRU, Attention, BitLinear, GatedMLP, Placement, RMSNorm, RoPE, Spec
 from paperworks.nn.recurrent.mlgru import MLGRUModule, forget_bounds, layer_bounds
 from paperworks.nn.ternary import TernaryLinear
 
@@ -67,7 +67,7 @@ def test_a_layer_forgets_no_more_than_its_bound_allows():
         state = f[:, step] * state + (1 - f[:, step]) * c[:, step]
         states.append(state)
     expected = layer.output(torch.sigmoid(layer.gate(x)) * torch.stack(states, 1))
-    assert (layer(x, open_stream(2, 7, x.device)) - expected).abs().max() < 1e-12
+    assert (layer(x, Placement().resolve(2, 7, x.device)) - expected).abs().max() < 1e-12
 
 
 def test_every_row_of_the_bounds_is_learned_and_saved_once():
@@ -101,7 +101,10 @@ def test_the_model_decodes_token_by_token(gate):
     for parameter in model.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
     cache = model.new_cache(2, 9)
-    parts = [model(TOKENS[:, :4], cache=cache), *(model(TOKENS[:, [place]], cache=cache) for place in range(4, 9))]
+    parts = [
+        model(TOKENS[:, :4], Placement(cache=cache)),
+        *(model(TOKENS[:, [place]], Placement(cache=cache)) for place in range(4, 9)),
+    ]
     assert (torch.cat(parts, 1) - model(TOKENS)).abs().max() < 1e-10
 
 

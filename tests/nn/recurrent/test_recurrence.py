@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from paperworks.nn import open_stream
+from paperworks.nn import Placement
 from paperworks.nn.recurrent.recurrence import (
     CausalConvolution,
     StateCache,
@@ -94,9 +94,9 @@ def test_the_token_before_is_zero_where_a_segment_begins():
 
 
 def test_a_stream_says_where_segments_begin():
-    stream = open_stream(1, 5, torch.device("cpu"), segments=torch.tensor([[0, 0, 1, 1, 2]]))
-    assert stream.begins().tolist() == [[True, False, True, False, True]]
-    assert open_stream(1, 5, torch.device("cpu")).begins() is None
+    placement = Placement(segments=torch.tensor([[0, 0, 1, 1, 2]])).resolve(1, 5, torch.device("cpu"))
+    assert placement.begins().tolist() == [[True, False, True, False, True]]
+    assert Placement().resolve(1, 5, torch.device("cpu")).begins() is None
 
 
 def test_a_state_cache_keeps_rows_and_no_gradients():
@@ -111,8 +111,8 @@ def test_a_state_cache_keeps_rows_and_no_gradients():
 def test_the_cache_of_another_mixer_is_refused():
     from paperworks.nn.attention.attention import KeyValueCache
 
-    stream = open_stream(1, 2, torch.device("cpu"))
-    assert state_of(stream) is None
+    placement = Placement().resolve(1, 2, torch.device("cpu"))
+    assert state_of(placement) is None
     other = KeyValueCache(1, 1, 4, 2, False, torch.float32, torch.device("cpu"))
     with pytest.raises(TypeError, match="given a KeyValueCache"):
-        state_of(stream.at(other))
+        state_of(placement.at(other))

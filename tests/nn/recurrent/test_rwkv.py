@@ -8,7 +8,7 @@ import torch
 
 from paperworks.models import count_parameters, preset
 from paperworks.models.presets.families import rwkv4
-from paperworks.nn import RWKV, RWKVChannelMix, open_stream
+from paperworks.nn import RWKV, Placement, RWKVChannelMix
 from paperworks.nn.recurrent.rwkv import wkv
 
 
@@ -144,7 +144,7 @@ def test_half_precision_keeps_its_sums_in_float32():
     mixer = RWKV().build(16).bfloat16()
     cache = mixer.new_cache(1, 8, torch.bfloat16, torch.device("cpu"))
     x = torch.randn(1, 8, 16).bfloat16()
-    assert mixer(x, open_stream(1, 8, x.device).at(cache)).dtype == torch.bfloat16
+    assert mixer(x, Placement().resolve(1, 8, x.device).at(cache)).dtype == torch.bfloat16
     assert cache["state"].dtype == torch.float32
 
 

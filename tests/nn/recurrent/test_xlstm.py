@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from paperworks.nn import MLSTM, SLSTM, open_stream
+from paperworks.nn import MLSTM, SLSTM, Placement
 from paperworks.nn.recurrent import xlstm
 from paperworks.nn.recurrent.xlstm import matrix_memory
 
@@ -118,7 +118,7 @@ def test_the_scalar_memory_is_its_recurrence_with_its_gradients(forget):
         module.recurrent.normal_(0, 0.5)
         module.bias.normal_(0, 0.5)
     x, y = draws(2, 7, 8).requires_grad_(), draws(2, 7, 8).requires_grad_()
-    found = module(x, open_stream(2, 7, x.device))
+    found = module(x, Placement().resolve(2, 7, x.device))
     expected = module.norm(naive_slstm(module, y))
     assert (found - expected).abs().max() < 1e-11
     (found * draws(2, 7, 8, seed=3)).sum().backward()
@@ -153,7 +153,7 @@ def test_memories_do_not_grow_and_are_float32():
         short, long = (module.new_cache(2, size, torch.bfloat16, torch.device("cpu")) for size in (8, 100_000))
         assert short.bytes() == long.bytes()
         x = torch.randn(2, 5, 8).bfloat16()
-        assert module(x, open_stream(2, 5, x.device).at(long)).dtype == torch.bfloat16
+        assert module(x, Placement().resolve(2, 5, x.device).at(long)).dtype == torch.bfloat16
         assert long["stabiliser"].dtype == torch.float32
 
 

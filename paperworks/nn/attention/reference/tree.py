@@ -16,10 +16,12 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.nn.attention.attention import Attention, AttentionModule, KeyValueCache
-from paperworks.nn.attention.mask import Visibility
+from paperworks.nn.attention.attention import Attention, AttentionModule
+from paperworks.nn.attention.backends import scores
+from paperworks.nn.attention.cache import KeyValueCache
+from paperworks.nn.attention.mask import Mask
 from paperworks.nn.attention.reference.tiled import EMPTY, Partial, merge
-from paperworks.nn.placement import Stream
+from paperworks.nn.placement import Placement
 
 
 @dataclass
@@ -50,17 +52,11 @@ def partial_attention(
     """
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads: no multiple")
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2)
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, EMPTY) if mask.dtype == torch.bool else scores + mask
+    found = scores(query, key, mask, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
     if not key.shape[2]:
         return Partial(torch.zeros_like(query), query.new_full(query.shape[:-1], EMPTY))
-    log_sum = scores.logsumexp(-1)
-    weights = torch.exp(scores - log_sum.masked_fill(log_sum == EMPTY, 0.0)[..., None])
+    log_sum = found.logsumexp(-1)
+    weights = torch.exp(found - log_sum.masked_fill(log_sum == EMPTY, 0.0)[..., None])
     out = weights.unflatten(1, (key.shape[1], -1)) @ value[:, :, None]
     return Partial(out.flatten(1, 2), log_sum)
 
@@ -184,27 +180,25 @@ class TreeAttentionModule(AttentionModule):
         """Return this process's empty share; a window hides tokens, but does not shorten it."""
         return SpreadCache(batch, self.kv_heads, capacity, self.head_dim, dtype, device)
 
-    def forward(self, x: Float[Tensor, "batch time dim"], stream: Stream) -> Float[Tensor, "batch time dim"]:
+    def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Mix the tokens of x along time."""
-        cache = stream.cache
+        cache = placement.cache
         self._spread = cache if isinstance(cache, SpreadCache) and cache.workers > 1 else None
         try:
-            return super().forward(x, stream)
+            return super().forward(x, placement)
         finally:
             self._spread = None
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Visibility) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+        """The heads' outputs: attention to the keys here, joined with what the other processes have."""
         if self._spread is None:
-            return super()._attend(queries, keys, values, visible)
+            return super().attend(queries, keys, values, mask)
         if self.pattern.listened:
             raise ValueError("the attention pattern is spread over processes: take its tap with one process")
-        spread, time = self._spread, queries.shape[2]
-        mask = visible.mask
-        if visible.causal or visible.pieces is not None:
-            mask = visible.dense(time, time, queries.device)  # nothing came before
-        if mask is not None:
-            mask = mask[..., spread.own(0, mask.shape[-1])]
-        partial = partial_attention(queries, keys, values, mask=mask, scale=self.scale, soft_cap=self.spec.soft_cap)
+        dense = mask.dense()
+        if dense is not None:
+            dense = dense[..., self._spread.own(0, dense.shape[-1])]
+        partial = partial_attention(queries, keys, values, mask=dense, scale=self.scale, soft_cap=self.spec.soft_cap)
         return all_reduce(partial).out
 
 

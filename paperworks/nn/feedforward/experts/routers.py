@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paperworks.core import processes
+from paperworks.core.initialization import Context
 from paperworks.core.spec import Spec
 from paperworks.nn import auxiliary
 
@@ -165,10 +166,10 @@ class NoisyTopKRouterModule(nn.Module):
         self.spec, self.top = spec, top
         self.logits = nn.Linear(dim, count, bias=False)
         self.noise = nn.Linear(dim, count, bias=False)
-        self.initialize(0, 1)
+        self.initialize(Context())
 
     @torch.no_grad()
-    def initialize(self, layer: int, depth: int) -> None:
+    def initialize(self, context: Context) -> None:
         """Set both matrices to zero, as the paper does."""
         self.logits.weight.zero_()
         self.noise.weight.zero_()

@@ -15,6 +15,7 @@ from paperworks.generation.prompts import left_pad
 from paperworks.interpret import ControlVector
 from paperworks.lab import Lab
 from paperworks.models import DecoderModel
+from paperworks.nn import Placement
 from paperworks.papers.probing import _emotions as emotions
 from paperworks.testbeds import statements
 
@@ -114,7 +115,7 @@ def next_words(model: DecoderModel, prompts: Sequence[str] = NEUTRAL) -> Float[T
     """Return the log-probabilities of the next token after each prompt."""
     tokenizer: Any = model.tokenizer
     tokens, segments = left_pad([tokenizer.encode(prompt) for prompt in prompts], model.device)
-    return model(tokens, segments=segments, last=1)[:, -1].double().log_softmax(-1)
+    return model(tokens, Placement(segments=segments), last=1)[:, -1].double().log_softmax(-1)
 
 
 def preference(model: DecoderModel, concept: Concept, prompts: Sequence[str] = NEUTRAL) -> float:

@@ -12,7 +12,7 @@ from paperworks.interpret import ControlVector
 from paperworks.interpret.steering.lorra import Lorra, LorraBatch
 from paperworks.lab import Lab
 from paperworks.models import DecoderModel
-from paperworks.nn import open_stream
+from paperworks.nn import Placement
 from paperworks.testbeds.statements import paired
 
 RATE = 3e-4  # the authors' setting
@@ -25,7 +25,7 @@ def _run_to(depth: int) -> Any:
         parts: Any = model
         x = parts.embedding(tokens)
         batch, time = tokens.shape
-        stream = open_stream(batch, time, tokens.device)
+        stream = Placement().resolve(batch, time, tokens.device)
         for block in parts.blocks[:depth]:
             x = block(x, stream)
         return x

@@ -10,7 +10,7 @@ from torch import multiprocessing
 from torch.nn import functional
 
 from paperworks.models import Block, Decoder
-from paperworks.nn import ALiBi, Attention, GatedMLP, RelativeVectors, RMSNorm, RoPE, TreeAttention, open_stream
+from paperworks.nn import ALiBi, Attention, GatedMLP, Placement, RelativeVectors, RMSNorm, RoPE, TreeAttention
 from paperworks.nn.attention.reference.tiled import EMPTY, Partial
 from paperworks.nn.attention.reference.tree import (
     Exchange,
@@ -55,7 +55,7 @@ def read_in_pieces(mixer):
         cache = model.new_cache(2, 14)
         for begin, end in ((0, 2), (2, 3), (3, 4), (4, 11), (11, 12), (12, 14)):
             extra = {"segments": segments[:, begin:end]} if padded else {}
-            outs.append(model(tokens[:, begin:end], cache=cache, **extra))
+            outs.append(model(tokens[:, begin:end], Placement(cache=cache, **extra)))
         outs.append(torch.tensor([cache.bytes()], dtype=torch.float64).expand(2, 1, 19))
     return torch.cat(outs, 1)
 
@@ -70,7 +70,7 @@ def worker(rank: int, folder: str) -> None:
     model = language_model(SPREAD["grouped"])
     model.blocks[0].mixer.pattern.register_forward_hook(lambda module, args, out: out)
     try:
-        model(torch.ones(1, 2, dtype=torch.long), cache=model.new_cache(1, 2))
+        model(torch.ones(1, 2, dtype=torch.long), Placement(cache=model.new_cache(1, 2)))
     except ValueError as error:
         found["refused"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -158,4 +158,4 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="relative positions to values"):
         TreeAttention(heads=4, position=RelativeVectors(reach=2)).build(16)
     module = TreeAttention(heads=4, position=RoPE()).build(16)
-    assert module(torch.randn(1, 3, 16), open_stream(1, 3, torch.device("cpu"))).shape == (1, 3, 16)
+    assert module(torch.randn(1, 3, 16), Placement().resolve(1, 3, torch.device("cpu"))).shape == (1, 3, 16)

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from paperworks.models import Block, Decoder
-from paperworks.nn import MLP, Attention, Experts, GatedMLP, NoisyTopKRouter, RMSNorm, Spec, TopKRouter, auxiliary
+from paperworks.nn import (
+    MLP,
+    Attention,
+    Experts,
+    GatedMLP,
+    NoisyTopKRouter,
+    Placement,
+    RMSNorm,
+    Spec,
+    TopKRouter,
+    auxiliary,
+)
 from paperworks.nn.feedforward.experts.mixture import within_capacity
 from paperworks.nn.feedforward.experts.routers import balance_loss, smooth_load, squared_variation, z_loss
 
@@ -168,7 +179,7 @@ def test_padding_counts_for_no_loss():
 
     def losses(tokens, segments=None):
         with auxiliary.collecting() as collected:
-            model(tokens, segments=segments)
+            model(tokens, Placement(segments=segments))
         return {name: float(value) for name, value in collected.sums().items()}
 
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.int64), tokens), 1)
@@ -244,7 +255,7 @@ def test_a_model_of_experts_decodes_compiles_to_json_and_halves():
     model = spec.build().double().eval()
     tokens = torch.randint(0, 9, (2, 7))
     cache = model.new_cache(2, 7)
-    parts = [model(tokens[:, :3], cache=cache), model(tokens[:, 3:], cache=cache)]
+    parts = [model(tokens[:, :3], Placement(cache=cache)), model(tokens[:, 3:], Placement(cache=cache))]
     assert (torch.cat(parts, 1) - model(tokens)).abs().max() < 1e-12
     assert model.bfloat16()(tokens).dtype == torch.bfloat16
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from paperworks.nn import ALiBi, Attention, RoPE, open_stream
-from paperworks.nn.attention.attention import AttentionModule, _pieces
-from paperworks.nn.attention.mask import Piece, band, dense_mask, documents, worthwhile
+from paperworks.nn import ALiBi, Attention, Placement, RoPE
+from paperworks.nn.attention.attention import AttentionModule
+from paperworks.nn.attention.mask import mask_of
+from paperworks.nn.attention.pieces import Piece, band, dense_mask, documents, worthwhile
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,7 @@ def outputs(module: AttentionModule, x: torch.Tensor, segments: torch.Tensor | N
     module.zero_grad()
     if dense:  # an edited pattern is what counts, and it is computed under the dense mask
         handle = module.pattern.register_forward_hook(lambda *_: _[2] * 1.0)
-    out = module(x, open_stream(len(x), x.shape[1], x.device, segments=segments))
+    out = module(x, Placement(segments=segments).resolve(len(x), x.shape[1], x.device))
     if dense:
         handle.remove()
     gradients = torch.autograd.grad((out * torch.linspace(0, 1, out.shape[-1])).sum(), [x, *module.parameters()])
@@ -79,7 +80,7 @@ def test_outputs_and_gradients_equal_the_dense_ones(heads: tuple[int, int], wind
     time = 512
     segments = lengths_to_segments([100, 12, 100, 100, 100, 100], [60, 200, 52, 100, 50, 50]) if packed else None
     x = torch.randn(2, time, 32, dtype=torch.float64)
-    assert _pieces(open_stream(2, time, CPU, segments=segments), True, window)
+    assert mask_of(Placement(segments=segments).resolve(2, time, CPU), None, True, window).pieces()
     assert torch.allclose(outputs(module, x, segments, False), outputs(module, x, segments, True), atol=1e-10)
 
 
@@ -89,9 +90,9 @@ def test_relative_positions_stay_with_the_mask() -> None:
     assert isinstance(module, AttentionModule)
     segments = lengths_to_segments([100] * 6)
     x = torch.randn(1, 600, 32, dtype=torch.float64)
-    together = module(x, open_stream(1, 600, CPU, segments=segments))
+    together = module(x, Placement(segments=segments).resolve(1, 600, CPU))
     for start in range(0, 600, 100):
-        alone = module(x[:, start : start + 100], open_stream(1, 100, CPU))
+        alone = module(x[:, start : start + 100], Placement().resolve(1, 100, CPU))
         assert torch.allclose(together[:, start : start + 100], alone, atol=1e-12)
 
 
@@ -99,10 +100,12 @@ def test_a_window_fills_its_cache_as_before() -> None:
     torch.manual_seed(0)
     module = Attention(heads=2, window=8, position=RoPE()).build(16).double()
     x = torch.randn(1, 300, 16, dtype=torch.float64)
-    whole = module(x, open_stream(1, 300, CPU))
+    whole = module(x, Placement().resolve(1, 300, CPU))
     from paperworks.nn import Cache
 
     cache = Cache([module.new_cache(1, 300, torch.float64, CPU)], 300)
-    first = module(x[:, :290], open_stream(1, 290, CPU, cache=cache).at(cache.layers[0]))
-    rest = [module(x[:, t : t + 1], open_stream(1, 1, CPU, cache=cache).at(cache.layers[0])) for t in range(290, 300)]
+    first = module(x[:, :290], Placement(cache=cache).resolve(1, 290, CPU).at(cache.layers[0]))
+    rest = [
+        module(x[:, t : t + 1], Placement(cache=cache).resolve(1, 1, CPU).at(cache.layers[0])) for t in range(290, 300)
+    ]
     assert torch.allclose(torch.cat([first, *rest], 1), whole, atol=1e-12)
