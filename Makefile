@@ -8,7 +8,7 @@ JOBS ?= 2
 # many tests start Python: what it has compiled is kept
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: tour test lint types contracts tests bench clean
+.PHONY: tour test lint types contracts tests test-portable bench clean
 
 tour: $(VENV)/.installed
 	$(BIN)/paperworks tour
@@ -27,6 +27,11 @@ contracts: $(VENV)/.installed-dev
 
 tests: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# the same tests with other kernels than this processor's best: nothing may rest on the last bit
+test-portable: $(VENV)/.installed-dev
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(MAKE) tests
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(MAKE) tests
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,12 +162,27 @@ def _packed_backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_packed`, which is computed again."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (queries, keys, values)]
-        out = _divided(leaves[0], leaves[1], leaves[2], segments, causal, window, scale)
-        first, second, third = torch.autograd.grad(out, leaves, gradient)
-    return first.contiguous(), second.contiguous(), third.contiguous()
+    """Gradients of `_packed` by its equations: an operator cannot call autograd. Patterns are computed again."""
+    mask, found = _segment_mask(queries, segments, causal, window)
+    whole = slice(0, mask.queries)
+    parts = [(slice(None), whole, whole, mask.visible())] if found is None else _with_masks(found, queries.device)
+    to_queries, to_keys, to_values = (torch.zeros_like(tensor) for tensor in (queries, keys, values))
+    groups = (keys.shape[1], -1)
+    for rows, query, key, seen in parts:
+        q, out = queries[rows, :, query], gradient[rows, :, query].unflatten(1, groups)
+        k, v = keys[rows, :, key], values[rows, :, key]
+        weights = torch.softmax(scores(q, k, seen, scale), -1).unflatten(1, groups)
+        to_weights = out @ v[:, :, None].transpose(-1, -2)
+        to_scores = weights * (to_weights - (to_weights * weights).sum(-1, keepdim=True)) * scale
+        to_queries[rows, :, query] = (to_scores @ k[:, :, None]).flatten(1, 2)
+        to_keys[rows, :, key] += (to_scores.transpose(-1, -2) @ q.unflatten(1, groups)).sum(2)
+        to_values[rows, :, key] += (weights.transpose(-1, -2) @ out).sum(2)
+    return to_queries, to_keys, to_values
+
+
+def _with_masks(found: tuple[Piece, ...], device: torch.device) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    for piece in found:
+        yield piece.rows, piece.queries, piece.keys, piece.seen(device)
 
 
 @_packed_backward.register_fake
@@ -200,6 +215,15 @@ _packed.register_autograd(_packed_gradients, setup_context=_keep_for_backward)
 def _divided(
     queries: Tensor, keys: Tensor, values: Tensor, segments: Tensor, causal: bool, window: int, scale: float
 ) -> Tensor:
+    mask, found = _segment_mask(queries, segments, causal, window)
+    inputs = Inputs(queries=queries, keys=keys, values=values, mask=mask, scale=scale)
+    return (fused(inputs) if found is None else _by_piece(inputs, found)).contiguous()
+
+
+def _segment_mask(
+    queries: Tensor, segments: Tensor, causal: bool, window: int
+) -> tuple[Mask, tuple[Piece, ...] | None]:
+    """The mask, and its pieces where they pay."""
     time = queries.shape[2]
     mask = Mask(
         queries=time,
@@ -210,10 +234,8 @@ def _divided(
         segments=segments,
         key_segments=segments,
     )
-    inputs = Inputs(queries=queries, keys=keys, values=values, mask=mask, scale=scale)
     found = mask.pieces()
-    out = fused(inputs) if found is None or not _pays(mask, found) else _by_piece(inputs, found)
-    return out.contiguous()
+    return mask, found if found is not None and _pays(mask, found) else None
 
 
 def packed(inputs: Inputs) -> Float[Tensor, "batch heads queries value_dim"]:
