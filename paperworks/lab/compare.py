@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ class Comparison:
 
     control: str
     seeds: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each arm, on the last seed
     numbers: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # arm -> metric -> value a seed
     curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)  # arm -> metric -> curve a seed
 
@@ -86,25 +87,36 @@ def compare(
 ) -> tuple[Verdict, Comparison]:
     """Run the arms and judge the checks; see `Lab.compare`."""
     check_design(arms, main, also)
-    planned = None if seeds is None else offsets(seeds)
     comparison = Comparison(control=main.control)
-    slowest = 0.0
-    done = 0
-    while planned is None or done < len(planned):
-        offset = 0 if planned is None else planned[done]
+    for offset in _planned(lab, comparison, seeds):
+        seed = lab.seed + offset
+        comparison.seconds.clear()
         for arm, function in arms.items():
             started = time.perf_counter()
-            _run_arm(lab, comparison, arm, function, lab.seed + offset)
-            slowest = max(slowest, time.perf_counter() - started)
-            if done == 0:
-                _check_metrics_exist(arms, comparison, arm, (main, *also))
-        comparison.seeds.append(lab.seed + offset)
-        done += 1
-        if planned is None:
-            planned = offsets(default_count(slowest))
-        if lab.most_seeds is not None:
-            planned = planned[: lab.most_seeds]
+            _run_arm(lab, comparison, arm, function, seed)
+            comparison.seconds.append(time.perf_counter() - started)
+            if not comparison.seeds:
+                _check_metrics_exist(comparison, arm, (main, *also))
+        comparison.seeds.append(seed)
     return _judged(comparison, main, also, measured or {}, note), comparison
+
+
+def _planned(lab: Lab, comparison: Comparison, seeds: int | Sequence[int] | None) -> Iterator[int]:
+    """Seeds to run, as offsets from the first.
+
+    How many is decided by the slowest arm: after the first seed, and again after the second, since the first run of
+    an arm may have loaded libraries and data.
+    """
+    if seeds is not None:
+        yield from offsets(seeds)[: lab.most_seeds]
+        return
+    count = 2
+    offset = 0
+    while offset < (count if lab.most_seeds is None else min(count, lab.most_seeds)):
+        yield offset
+        offset += 1
+        if offset <= 2:
+            count = default_count(max(comparison.seconds))
 
 
 def _run_arm(lab: Lab, comparison: Comparison, arm: str, function: Arm, seed: int) -> None:
@@ -131,7 +143,7 @@ def check_design(arms: Mapping[str, Arm], main: object, also: Sequence[Check]) -
                 raise ValueError(f"check {str(check)!r}: {unknown('arm', arm, arms)}")
 
 
-def _check_metrics_exist(arms: Mapping[str, Arm], comparison: Comparison, arm: str, checks: Sequence[Check]) -> None:
+def _check_metrics_exist(comparison: Comparison, arm: str, checks: Sequence[Check]) -> None:
     known, curves = comparison.numbers[arm], comparison.curves.get(arm, {})
     for check in checks:
         if check.on in curves:

@@ -161,8 +161,8 @@ class Lab:
                 as curves. An arm that may diverge returns a finite value then, such as the loss of guessing.
             main: the method against a control, by a margin above 0 stated before the run.
             also: further checks, judged in the mean: Beats, Within, AtLeast, AtMost.
-            seeds: how many (0, 1, 2, ...) or which; default by the time of the slowest arm on the first seed: ten
-                under 3 s, three under 30 s, two otherwise. A run with --design tries them from 100 up.
+            seeds: how many (0, 1, 2, ...) or which; default by the time the slowest arm takes for a seed: ten under
+                3 s, three under 30 s, two otherwise. A run with --design adds 100 to each.
             measured: further numbers to show.
             note: limits and settings, for the reader of the result.
 
@@ -176,8 +176,7 @@ class Lab:
 
     def curves(
         self,
-        on: str,
-        *,
+        *on: str,
         x: str | None = None,
         arms: Sequence[str] | None = None,
         name: str = "curves",
@@ -185,14 +184,14 @@ class Lab:
         log: str = "",
         **options: Any,
     ) -> None:
-        """Draw a curve of the last comparison: the mean of each arm, with a band from the lowest to the highest seed.
+        """Draw curves of the last comparison: the mean of each arm, with a band from the lowest to the highest seed.
 
         Args:
-            on: the curve, as returned by the arms.
+            on: one curve or more, as returned by the arms; the second and later ones are dashed.
             x: another curve that holds the places on the horizontal axis; default 1, 2, 3, ...
             arms: which arms, default all; the control is grey.
             name: name of the figure.
-            title: title of the figure, default the name of the curve.
+            title: title of the figure, default the names of the curves.
             log: axes with a logarithmic scale: "x", "y" or "xy".
             options: of the figure, such as figsize.
         """
