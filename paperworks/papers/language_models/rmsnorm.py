@@ -312,7 +312,7 @@ def takes_less_time(lab: Lab) -> Verdict:
         main=Beats("RMSNorm", "LayerNorm", on="milliseconds", by_ratio=0.07, lower=True),  # the least of Tables 2 to 9
         also=[Beats("torch's rms_norm", "torch's LayerNorm", on="milliseconds", lower=True)],
         note=f"Medians of {rounds} rounds, {rows} rows of {dim}, forward and backward, one thread. torch "
-        "fuses LayerNorm into one kernel on a CPU and composes rms_norm from several, which costs more than the mean saves.",
+        "fuses LayerNorm into one kernel on a CPU and composes rms_norm from several, which costs more than it saves.",
     )
     lab.points("milliseconds", title="Time of a norm, forward and backward")
     return verdict
