@@ -252,6 +252,7 @@ def trains_as_well(lab: Lab) -> Verdict:
             Within("RMSNorm", "LayerNorm", on="loss", by=0.03, lower=True),
             Within("pRMSNorm", "LayerNorm", on="loss", by=0.03, lower=True),
         ],
+        seeds=3,
         note=f"{depth} layers, width 64, {steps} steps of 1,024 characters of tinyshakespeare, peak rate {LR}; nats a "
         "character on the last tenth. pRMSNorm looks at 6.25% of the units as in the paper, here 4 of 64, a noisy "
         "estimate (in the paper 32 or more).",

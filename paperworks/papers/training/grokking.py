@@ -174,6 +174,7 @@ def generalises_late(lab: Lab) -> Verdict:
             AtMost(decay, 0.05, on="validation accuracy when memorised"),
             AtLeast(decay, GENERALISED, on="validation accuracy at the end"),
         ],
+        seeds=3,
         note=f"x + y modulo {PRIME}, 60% of the {PRIME**2:,} equations, one hidden layer of 128, full batch, AdamW, "
         f"{steps:,} steps.",
     )
@@ -207,6 +208,7 @@ def less_data_takes_longer(lab: Lab) -> Verdict:
             Beats(more, half, on="steps to generalise", lower=True),
             Within(most, half, on="steps to memorise", by_ratio=0.5),
         ],
+        seeds=3,
         note=f"A run that has not found the rule after {limit:,} steps counts as {limit:,}.",
     )
     lab.points("steps to generalise", log=True)
