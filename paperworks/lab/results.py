@@ -77,6 +77,8 @@ class Result:
         """JSON form, without the images."""
         document = asdict(self)
         del document["images"]
+        for source in document["sources"].values():
+            source["uses"] = list(source["uses"])
         return document
 
     @classmethod

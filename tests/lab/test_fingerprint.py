@@ -32,7 +32,9 @@ def package(tmp_path):
         "papers/__init__.py": "",
         "papers/family/__init__.py": "",
         "papers/family/a.py": PAPER,
-        "papers/family/_private.py": "from pack.papers.family._deeper import base\n\ndef helper(x):\n    return base(x)\n",
+        "papers/family/_private.py": (
+            "from pack.papers.family._deeper import base\n\ndef helper(x):\n    return base(x)\n"
+        ),
         "papers/family/_deeper.py": "def base(x):\n    return x\n",
         "testbeds/__init__.py": "from pack.testbeds.shapes import square\n",
         "testbeds/digits.py": "def load():\n    return 4\n",
@@ -127,7 +129,7 @@ def test_a_name_offered_by_a_package_is_found_where_it_is_defined(package):
     assert defining_file("pack.nn.Deep", package) == package / "nn" / "deep.py"
     assert defining_file("pack.nn.norm.Norm", package) == package / "nn" / "norm.py"
     assert defining_file("pack.nn.norm", package) == package / "nn" / "norm.py"
-    with pytest.raises(ValueError, match="'elsewhere.Norm' is in no file"):
+    with pytest.raises(ValueError, match=r"'elsewhere\.Norm' is in no file"):
         defining_file("elsewhere.Norm", package)
 
 
