@@ -224,8 +224,8 @@ def _with_norm(spec: Decoder, norm: Norm) -> Decoder:
     control="no normalization at all, the same learning rate",
 )
 def trains_as_well(lab: Lab) -> Verdict:
-    """Train six-layer character models that differ only in the norm."""
-    steps, depth = lab.pick(smoke=2, small=200, large=2000), lab.pick(smoke=1, small=6)
+    """Train character models that differ only in the norm."""
+    steps, depth = lab.pick(smoke=2, small=120, large=2000), lab.pick(smoke=1, small=4, large=6)
     base = character_llama(depth=depth)
     norms: dict[str, Norm] = {
         "RMSNorm": RMSNorm(),
