@@ -12,6 +12,7 @@ import ast
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -81,6 +82,11 @@ def fingerprint(paper: Path, implements: Sequence[str], package: Path = PACKAGE)
 
 def read(path: Path, package: Path = PACKAGE) -> Source:
     """Hashes and followed imports of one file."""
+    return _read(path, path.stat().st_mtime_ns, package)
+
+
+@cache
+def _read(path: Path, modified: int, package: Path) -> Source:  # many papers share a file
     content = path.read_bytes()
     text = _sha(content)
     if text not in _known:
@@ -131,13 +137,19 @@ def _module_file(parts: Sequence[str], package: Path) -> Path | None:
 
 def _offered_by(file: Path, wanted: str, parts: Sequence[str], package: Path) -> Path | None:
     """The file from which a package's `__init__.py` imports a name."""
-    for node in ast.parse(file.read_bytes()).body:
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == wanted for alias in node.names):
-            original = next(alias.name for alias in node.names if (alias.asname or alias.name) == wanted)
-            module = _absolute(node, parts, is_package=True)
-            if module.partition(".")[0] == package.name:
-                return defining_file(f"{module}.{original}", package)
-    return None
+    original = _imported_names(file, file.stat().st_mtime_ns, tuple(parts)).get(wanted, "")
+    return defining_file(original, package) if original.partition(".")[0] == package.name else None
+
+
+@cache
+def _imported_names(file: Path, modified: int, parts: tuple[str, ...]) -> dict[str, str]:
+    """Names that an `__init__.py` imports, with the dotted names they have where they are defined."""
+    imports = [node for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.ImportFrom)]
+    return {
+        alias.asname or alias.name: f"{_absolute(node, parts, is_package=True)}.{alias.name}"
+        for node in imports
+        for alias in node.names
+    }
 
 
 def _is_followed(path: Path, package: Path) -> bool:

@@ -145,6 +145,7 @@ def test_a_file_that_is_not_python_is_named(package):
 
 def test_recorded_hashes_spare_the_parsing(package, monkeypatch):
     print_of = fingerprint(package / "papers" / "family" / "a.py", ("pack.nn.norm.Norm",), package)
+    fingerprints._read.cache_clear()
     monkeypatch.setattr(fingerprints, "_known", {})
     fingerprints.learn(print_of.sources)
     monkeypatch.setattr(fingerprints, "code_hash", lambda tree: pytest.fail("a known text was parsed"))
