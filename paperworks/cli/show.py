@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from paperworks.cli.recorded import COLORS, NEVER, Recorded, label, recorded
@@ -45,10 +46,13 @@ def _print_paper(console: Console, entry: Entry, record: Recorded) -> None:
     console.print("[bold]Parts[/]")
     for part in entry.implements:
         console.print(f"  {escape(part)}")
-    for heading, text in (("Equation", entry.equation), ("Usage", entry.usage), ("Notes", entry.notes)):
+    for heading, text in (("Equation", entry.equation), ("Usage", entry.usage)):
         if text:
             console.print(f"\n[bold]{heading}[/]")
-            console.print(Padding(escape(text.strip()), (0, 0, 0, 2)))
+            console.print(escape(indent(text.strip(), "  ")), soft_wrap=True)  # to be copied
+    if entry.notes:
+        console.print("\n[bold]Notes[/]")
+        console.print(Padding(escape(entry.notes), (0, 0, 0, 2)))
     marks = "".join(f", {mark}" for mark in record.marks())
     console.print(f"\n[bold]Claims[/]  [{record.color()}]{record.reproduced()}[/]{marks}")
     outcomes = {outcome.name: outcome for outcome in record.result.claims} if record.result else {}
