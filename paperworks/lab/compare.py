@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -13,6 +12,7 @@ from paperworks.lab.checks import Beats, Check, Within
 from paperworks.lab.intervals import FEWEST_SEEDS, paired_bootstrap
 from paperworks.lab.paper import Status, Verdict
 from paperworks.lab.seeding import default_count, offsets, seed_everything
+from paperworks.lab.stopwatch import Stopwatch
 from paperworks.lab.values import plain_value, plain_values
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def compare(
         seed = lab.seed + offset
         comparison.seconds.clear()
         for arm, function in arms.items():
-            started = time.perf_counter()
+            watch = Stopwatch()
             _run_arm(lab, comparison, arm, function, seed)
-            comparison.seconds.append(time.perf_counter() - started)
+            comparison.seconds.append(watch.seconds())
             if not comparison.seeds:
                 _check_metrics_exist(comparison, arm, (main, *also))
         comparison.seeds.append(seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from paperworks.lab.results import (
     succeeding,
 )
 from paperworks.lab.seeding import DESIGN_SEED, seed_everything
+from paperworks.lab.stopwatch import Stopwatch
 from paperworks.lab.workbench import Lab, Scale
 
 BESIDE = Path("out")  # where runs go that are not the paper's own experiment as designed
@@ -165,7 +165,7 @@ def _lab(
 
 def _examine(claim: Claim, lab: Lab) -> Outcome:
     seed_everything(lab.seed)
-    started = time.perf_counter()
+    watch = Stopwatch()
     try:
         verdict = claim.examine(lab)
         status = _binding_status(claim, verdict, lab.scale)
@@ -184,7 +184,7 @@ def _examine(claim: Claim, lab: Lab) -> Outcome:
         measured=verdict.measured,
         control=verdict.control,
         verdict=status,
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=round(watch.seconds(), 3),
         seeds=list(verdict.seeds),
         figures=list(lab.images),
         note=verdict.note,

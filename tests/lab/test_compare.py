@@ -156,7 +156,7 @@ def test_a_design_run_has_other_seeds_than_the_judgement():
 def timed(monkeypatch, seconds):
     """Arms whose first and later runs take the given seconds by the clock; returns the seeds that were run."""
     now = [0.0]
-    monkeypatch.setattr("paperworks.lab.compare.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("paperworks.lab.stopwatch.now", lambda: (now[0], now[0]))
     runs = []
 
     def arm(seed):

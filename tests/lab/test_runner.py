@@ -351,7 +351,7 @@ def test_a_choice_that_no_claim_can_use_is_refused_before_anything_runs(tmp_path
 
 def test_a_claim_over_its_budget_is_warned_of_unless_the_paper_says_why(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("paperworks.lab.stopwatch.now", lambda: (now[0], now[0]))
 
     def run_for(seconds, **options):
         paper = Paper(
