@@ -15,6 +15,7 @@ COMMANDS = {
     "list": ("paperworks.cli.reading_list", "show the reading list and how its claims came out"),
     "show": ("paperworks.cli.show", "show one paper: summary, parts, claims and results"),
     "run": ("paperworks.cli.run", "check the claims of papers and record the results"),
+    "refresh": ("paperworks.cli.refresh", "run the papers whose results are stale or missing"),
     "chat": ("paperworks.cli.chat", "talk to a model"),
     "sample": ("paperworks.cli.sample", "let a model continue a text"),
     "pretrain": ("paperworks.cli.pretrain", "train a model from nothing on a text"),

@@ -1,48 +1,93 @@
-"""How a paper of the reading list came out when it was last run, and whether that still counts."""
+"""How the claims of a paper came out when they were last run, and whether that still counts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from paperworks.core.errors import CorruptFile
-from paperworks.lab.results import Result, load_result
+from paperworks.lab.progress import VERDICT_COLORS
+from paperworks.lab.results import VERDICTS, Result, find_result
 from paperworks.papers import Entry
 
 NEVER = "never run"
-STATUSES = ("holds", "partly", "does not hold", "not run", "error", NEVER)
-COLORS = {"holds": "green", "partly": "yellow", "does not hold": "red", "error": "red", "not run": "dim", NEVER: "dim"}
+DAMAGED = "damaged"
+STATUSES = (*(verdict for verdict in VERDICTS if verdict != "ran"), NEVER, DAMAGED)
+COLORS = {**VERDICT_COLORS, NEVER: "dim", DAMAGED: "red"}
+LABELS = {"one seed": "one seed only"}  # what a reader sees where it is not the word of the record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The last result of a paper, large scale before small."""
+    """The recorded result of a paper; of two, the one that is current, the large scale before the small."""
 
-    status: str
-    holding: int = 0
-    stale: bool = False  # the module has changed since
+    verdicts: dict[str, str] = field(default_factory=dict)  # claim, as the paper has them now -> verdict
+    stale: bool = False  # the code has changed since
     result: Result | None = None
+    damaged: str = ""  # what is wrong with the file
 
-    def markup(self) -> str:
-        """Return the status for a rich table."""
-        mark = " [magenta](stale)[/]" if self.stale else ""
-        return f"[{COLORS[self.status]}]{self.status}[/]{mark}"
+    @property
+    def holding(self) -> int:
+        """Number of claims that hold."""
+        return sum(verdict == "holds" for verdict in self.verdicts.values())
+
+    @property
+    def statuses(self) -> set[str]:
+        """The verdicts of the claims, or why there are none."""
+        return {DAMAGED} if self.damaged else set(self.verdicts.values())
+
+    def reproduced(self) -> str:
+        """Such as "4 of 5 reproduced"."""
+        if self.damaged:
+            return "damaged file"
+        return f"{self.holding} of {len(self.verdicts)} reproduced" if self.result else NEVER
+
+    def marks(self) -> list[str]:
+        """What limits the result: "stale", "3 on one seed"."""
+        marks = ["stale"] if self.stale else []
+        if lone := sum(verdict == "one seed" for verdict in self.verdicts.values()):
+            marks.append(f"{lone} on one seed")
+        return marks
+
+    def color(self) -> str:
+        """Of the count: green where every claim holds."""
+        if self.damaged:
+            return "red"
+        if not self.holding:
+            return "dim"
+        return "green" if self.holding == len(self.verdicts) else "yellow"
 
 
-def recorded(entry: Entry, folder: Path) -> Recorded:
-    """Read the recorded result of a paper from the results folder; an unreadable file counts as an error."""
+def label(verdict: str) -> str:
+    """A verdict as a reader sees it."""
+    return LABELS.get(verdict, verdict)
+
+
+def reach(entry: Entry) -> str:
+    """How far the evidence of a paper's behaviours reaches, else that of its other claims; "real+small" is both."""
+    behaviours = {claim.reach for claim in entry.claims if claim.kind == "behaviour"}
+    return "+".join(sorted(behaviours or {claim.reach for claim in entry.claims}))
+
+
+def recorded(entry: Entry, folders: Sequence[Path]) -> Recorded:
+    """Recorded result of a paper, from the first of the folders that has one."""
     try:
-        found = [load_result(folder, entry.key, scale) for scale in ("small", "large")]
-    except CorruptFile:
-        return Recorded(status="error")
+        found = [find_result(folders, entry.key, scale) for scale in ("small", "large")]
+    except CorruptFile as error:
+        return Recorded(damaged=str(error), verdicts={claim.name: NEVER for claim in entry.claims})
     results = [result for result in found if result is not None]
     if not results:
-        return Recorded(status=NEVER)
-    fresh = [result for result in results if result.source_hash == entry.source_hash]
+        return Recorded(verdicts={claim.name: NEVER for claim in entry.claims})
+    try:
+        current = entry.fingerprint
+    except ValueError:  # a part that exists no longer: the code has changed
+        current = ""
+    fresh = [result for result in results if result.fingerprint == current]
     result = (fresh or results)[-1]
+    verdicts = {claim.name: claim.verdict for claim in result.claims}
     return Recorded(
-        status=result.status,
-        holding=sum(claim.verdict == "holds" for claim in result.claims),
+        verdicts={claim.name: verdicts.get(claim.name, NEVER) for claim in entry.claims},
         stale=not fresh,
         result=result,
     )

@@ -8,11 +8,12 @@ from typing import Literal
 
 from paperworks.cli.options import parse
 from paperworks.cli.table import print_outcomes
+from paperworks.core.errors import CorruptFile
 from paperworks.lab.environment import describe_environment
 from paperworks.lab.paper import Claim, Paper
 from paperworks.lab.progress import Board
 from paperworks.lab.report import Section, write_report
-from paperworks.lab.results import recorded_seconds, results_folder
+from paperworks.lab.results import Design, find_result, reading_folders, recorded_seconds
 from paperworks.lab.runner import default_device, run_claim
 from paperworks.papers import index, load
 
@@ -32,12 +33,16 @@ class Options:
     scale: Literal["smoke", "small", "large"] = "small"
     """smoke: seconds, only to see that it runs; small: a few minutes on a laptop; large: a big GPU."""
     seed: int = 0
-    """Seed of every claim."""
+    """First seed of every claim."""
+    seeds: int | None = None
+    """Most seeds of a comparison (default: as each is designed); on one seed no behaviour is judged."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the tour; a Ctrl-C ends it with a report of what was done."""
     options = parse(Options, "tour", arguments)
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}; a comparison needs at least one seed")
     stops = _stops()
     sections: list[Section] = []
     try:
@@ -68,13 +73,24 @@ def _walk(stops: list[tuple[Paper, Claim]], options: Options, sections: list[Sec
     with Board(jobs, title="tour") as board:
         for number, (paper, claim) in enumerate(stops):
             board.begin(number)
-            outcome, images = run_claim(paper, claim, options.scale, options.seed, board=board)
+            outcome, images = run_claim(
+                paper, claim, options.scale, options.seed, board=board, most_seeds=options.seeds
+            )
             board.end(number, outcome.verdict, outcome.seconds)
-            sections.append(Section(paper=paper, outcome=outcome, images=images))
+            sections.append(Section(paper=paper, outcome=outcome, images=images, earlier=_earlier(paper.key)))
 
 
 def _seconds(paper: Paper, claim: Claim, scale: str) -> float | None:
-    return recorded_seconds(results_folder(), paper.key, scale).get(claim.name)
+    return recorded_seconds(reading_folders(), paper.key, scale).get(claim.name)
+
+
+def _earlier(key: str) -> list[Design]:
+    """Earlier designs of a paper's experiments, from its recorded result."""
+    try:
+        result = find_result(reading_folders(), key)
+    except CorruptFile:  # `paperworks list` says what is wrong with it
+        return []
+    return result.earlier if result else []
 
 
 def _finish(sections: list[Section], options: Options) -> None:

@@ -3,14 +3,13 @@
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from paperworks.lab.values import Value
 
 
 def describe_environment(device: str) -> dict[str, Value]:
-    """Return the record of software and hardware that goes with every result; imports torch."""
+    """Record of software and hardware that goes with every result; imports torch."""
     import torch
 
     record: dict[str, Value] = {
@@ -31,6 +30,8 @@ def describe_environment(device: str) -> dict[str, Value]:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # takes as long as all else that `list` imports
+
     try:
         return version(package)
     except PackageNotFoundError:  # run from a folder that was never installed

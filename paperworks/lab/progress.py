@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+# Of a terminal, by verdict.
+VERDICT_COLORS = {
+    "holds": "green",
+    "partly": "yellow",
+    "not reproduced": "red",
+    "one seed": "cyan",
+    "ran": "dim",
+    "not run": "dim",
+    "error": "red",
+}
+
 UNKNOWN_SECONDS = 15.0  # assumed for a claim that was never timed; a middling claim of the tour
 
 
@@ -123,12 +134,20 @@ class Board:
             return
         from rich.markup import escape
 
-        color = {"holds": "green", "partly": "yellow", "not run": "dim"}.get(status, "red")
-        line = f"[{color}]{status:<13}[/] {escape(self.names[job])}  [dim]{seconds:.1f} s[/]"
+        color = VERDICT_COLORS.get(status, "red")
+        line = f"[{color}]{status:<14}[/] {escape(self.names[job])}  [dim]{seconds:.1f} s[/]"
         if self._progress is None:
             place = escape(f"[{job + 1}/{len(self.names)}]")
             line = f"{place} {line}  [dim]about {duration(self.clock.remaining())} left[/]"
         self.console.print(line, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Write a line of warning."""
+        if self.silent or self.console is None:
+            return
+        from rich.markup import escape
+
+        self.console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: float | None) -> Iterator[Callable[[float], None]]:

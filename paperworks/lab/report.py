@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from paperworks.core import atomic
@@ -16,21 +17,22 @@ from paperworks.lab import figures
 from paperworks.lab.paper import Paper
 from paperworks.lab.progress import duration
 from paperworks.lab.report_style import SCRIPT, STYLE
-from paperworks.lab.results import WORST_FIRST, Outcome
-from paperworks.lab.values import Value, shown
+from paperworks.lab.results import VERDICTS, Design, Outcome
+from paperworks.lab.values import Value, ordinal, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One claim in the report: its paper, how it came out, and its figures by file name."""
+    """One claim in the report: its paper, how it came out, its figures by file name, and earlier designs."""
 
     paper: Paper
     outcome: Outcome
     images: Mapping[str, bytes] = field(default_factory=dict)
+    earlier: Sequence[Design] = ()
 
     @property
     def control(self) -> str | None:
-        """What the control of this claim is, in words."""
+        """The control of this claim, in words."""
         return next((claim.control for claim in self.paper.claims if claim.name == self.outcome.name), None)
 
 
@@ -45,7 +47,7 @@ def write_report(
 
 
 def render_report(sections: Sequence[Section], *, title: str, lead: str, environment: Mapping[str, Value]) -> str:
-    """Return the report as HTML; everything that is not markup of ours is escaped."""
+    """The report as HTML; everything that is not markup of ours is escaped."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -78,14 +80,20 @@ def render_report(sections: Sequence[Section], *, title: str, lead: str, environ
 
 
 def _chip(verdict: str) -> str:
-    return f'<span class="chip {escape(verdict.replace(" ", "-"))}">{escape(verdict)}</span>'
+    text = "one seed only" if verdict == "one seed" else verdict
+    return f'<span class="chip {escape(verdict.replace(" ", "-"))}">{escape(text)}</span>'
+
+
+def _reach(outcome: Outcome) -> str:
+    seeds = f", {len(outcome.seeds)} seeds" if len(outcome.seeds) > 1 else ""
+    return f'<small class="reach">{escape(outcome.reach)}{seeds}</small>'
 
 
 def _tally(sections: Sequence[Section]) -> str:
     counts = Counter(section.outcome.verdict for section in sections)
     chips = "".join(
         f'<span class="count"><b>{counts[verdict]}</b> {_chip(verdict)}</span>'
-        for verdict in reversed(WORST_FIRST)
+        for verdict in VERDICTS
         if counts[verdict]
     )
     seconds = sum(section.outcome.seconds for section in sections)
@@ -100,7 +108,7 @@ def _summary(sections: Sequence[Section]) -> str:
         f"<td>{escape(section.outcome.paper)}</td>"
         f"<td>{_brief(section.outcome.measured)}</td>"
         f"<td>{_brief(section.outcome.control or {})}</td>"
-        f"<td>{_chip(section.outcome.verdict)}</td>"
+        f"<td>{_chip(section.outcome.verdict)}{_reach(section.outcome)}</td>"
         f"<td class='number'>{section.outcome.seconds:.1f}</td></tr>"
         for number, section in enumerate(sections, 1)
     )
@@ -133,13 +141,21 @@ def _card(number: int, section: Section) -> str:
     parts += [_figure(name, section.images[name]) for name in outcome.figures if name in section.images]
     parts += [_text(text) for text in outcome.texts]
     parts += [_table(table) for table in outcome.tables]
+    if outcome.arms:
+        parts.append(_arms(outcome))
     if outcome.measured or outcome.control:
         parts.append('<div class="columns">')
         parts.append(f"<div><h3>Measured</h3>{_numbers(outcome.measured)}</div>")
         if outcome.control:
             parts.append(f"<div><h3>Control</h3>{_numbers(outcome.control)}</div>")
         parts.append("</div>")
-    if outcome.checks:
+    if outcome.interval:
+        low, high = shown(outcome.interval["low"]), shown(outcome.interval["high"])
+        parts.append(
+            f'<p class="interval">{escape(outcome.difference)}: <b>{escape(shown(outcome.interval["mean"]))}</b>, '
+            f"95% interval {escape(low)} to {escape(high)} (bootstrap, paired by seed)</p>"
+        )
+    if outcome.checks and outcome.verdict != "ran":  # a smoke run judges nothing
         checks = "".join(
             f'<li class="{"pass" if passed else "fail"}">{escape(name)}</li>' for name, passed in outcome.checks.items()
         )
@@ -147,8 +163,32 @@ def _card(number: int, section: Section) -> str:
     if outcome.note:
         tag = "pre" if outcome.verdict == "error" else "p"
         parts.append(f'<{tag} class="note">{escape(outcome.note)}</{tag}>')
-    parts.append(f'<p class="seconds">{escape(outcome.kind)} · {outcome.seconds:.1f} s</p></section>')
+    parts.append(_history(section))
+    evidence = outcome.kind if outcome.kind == outcome.reach else f"{outcome.kind} · {outcome.reach}"
+    parts.append(f'<p class="seconds">{escape(evidence)} · {outcome.seconds:.1f} s</p></section>')
     return "\n".join(parts)
+
+
+def _arms(outcome: Outcome) -> str:
+    """Table of every arm and seed: one row an arm and metric, one column a seed, and the mean."""
+    columns = ["arm", "metric", *(f"seed {seed}" for seed in outcome.seeds), "mean"]
+    rows = [
+        [arm, metric, *values, fmean(values)]
+        for arm, metrics in outcome.arms.items()
+        for metric, values in metrics.items()
+    ]
+    return _table({"title": "Arms over seeds", "columns": columns, "rows": rows})
+
+
+def _history(section: Section) -> str:
+    """What the earlier designs of this claim came to."""
+    designs = [
+        f"<li>{ordinal(number)} design: {escape(design.verdicts[section.outcome.name])}, "
+        f"seeds {', '.join(map(str, design.seeds))}{escape(f', {design.date}') if design.date else ''}</li>"
+        for number, design in enumerate(section.earlier, 1)
+        if section.outcome.name in design.verdicts
+    ]
+    return f'<p class="says"><b>Earlier:</b></p><ul class="earlier">{"".join(designs)}</ul>' if designs else ""
 
 
 def _numbers(values: Mapping[str, Value]) -> str:

@@ -41,7 +41,7 @@ h1 { font: 600 2.4rem/1.15 Georgia, "Iowan Old Style", "Times New Roman", serif;
   font: 600 .76rem/1.5 system-ui, sans-serif; white-space: nowrap;
   vertical-align: middle; color: var(--tone); background: color-mix(in srgb, var(--tone) 13%, transparent); }
 .holds { --tone: var(--holds); } .partly { --tone: var(--partly); } .not-run { --tone: var(--idle); }
-.does-not-hold, .error { --tone: var(--fails); }
+.not-reproduced, .error { --tone: var(--fails); } .one-seed { --tone: var(--link); } .ran { --tone: var(--idle); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; }
@@ -87,6 +87,8 @@ pre { margin: 0; padding: .9rem 1.1rem; background: var(--code); border-radius: 
 .checks li { padding: .1rem 0 .1rem 1.5rem; position: relative; } .checks li::before { position: absolute;
   left: 0; font-weight: 700; }
 .pass::before { content: "✓"; color: var(--holds); } .fail::before { content: "✗"; color: var(--fails); }
+.interval { color: var(--soft); font-size: .9rem; } .interval b { color: var(--ink); }
+.earlier { margin: 0 0 .6rem; padding-left: 1.3rem; font-size: .87rem; color: var(--soft); }
 .note { color: var(--soft); } .seconds { color: var(--faint); font-size: .8rem; margin: .9rem 0 0; }
 footer { margin-top: 2.5rem; max-width: 34rem; } footer h2 { font-size: .95rem; margin: 0 0 .5rem; }
 @media (max-width: 640px) { main { padding: 2rem .9rem; } .card { padding: 1.2rem 1.1rem; }

@@ -43,3 +43,12 @@ def shown(value: Value) -> str:
             return f"{value:.2e}"
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return value
+
+
+def ordinal(number: int) -> str:
+    """Write "first", "second", ... "tenth", "11th"."""
+    words = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+    if 1 <= number <= len(words):
+        return words[number - 1]
+    suffix = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{suffix}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from paperworks.core.errors import unknown
-from paperworks.lab import figures
+from paperworks.lab import drawings, figures
+from paperworks.lab.checks import Beats, Check
+from paperworks.lab.compare import Arm, Comparison, compare
 from paperworks.lab.paper import Verdict
 from paperworks.lab.progress import Board
 from paperworks.lab.results import SCALES
@@ -16,6 +19,7 @@ from paperworks.lab.values import plain_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Generator
 
 T = TypeVar("T")
 Scale = Literal["smoke", "small", "large"]
@@ -32,6 +36,9 @@ class Lab:
         *,
         stem: str = "lab",
         board: Board | None = None,
+        most_seeds: int | None = None,
+        model: str | None = None,
+        data: Path | None = None,
     ) -> None:
         if scale not in SCALES:
             raise ValueError(unknown("scale", scale, SCALES))
@@ -42,10 +49,34 @@ class Lab:
         self.images: dict[str, bytes] = {}
         self.texts: list[dict[str, str]] = []
         self.tables: list[dict[str, Any]] = []
+        self.most_seeds = 1 if scale == "smoke" else most_seeds
+        self.comparison: Comparison | None = None  # the last one, for `curves` and `points`
+        self.choices: dict[str, str] = {}  # what the user chose instead of the claim's own model and data
+        self._model, self._data = model, data
         self._stem = stem
 
+    def model_name(self, default: str) -> str:
+        """Model to speak of: the user's (`--model`), else the default; a name or path that `pw.load` takes."""
+        if self._model is None:
+            return default
+        self.choices["model"] = self._model
+        return self._model
+
+    def data_file(self, default: str | Path) -> Path:
+        """Data to use: the user's file (`--data`), else the default."""
+        if self._data is None:
+            return Path(default)
+        self.choices["data"] = self._data.name
+        return self._data
+
+    def generator(self, seed: int, device: str = "cpu") -> Generator:
+        """A torch.Generator that starts from a seed; on the CPU its numbers are the same on every machine."""
+        import torch
+
+        return torch.Generator(device).manual_seed(seed)
+
     def pick(self, *, smoke: T, small: T, large: T | None = None) -> T:
-        """Return the setting for this scale; large falls back to small."""
+        """Setting for this scale; large falls back to small."""
         if self.scale == "smoke":
             return smoke
         return large if self.scale == "large" and large is not None else small
@@ -68,7 +99,7 @@ class Lab:
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
-        """Compute on so many threads inside the block: very small steps run faster on one than on several."""
+        """Compute on `count` threads inside the block: very small steps run faster on one than on several."""
         import torch
 
         before = torch.get_num_threads()
@@ -109,6 +140,77 @@ class Lab:
         """Show a text in the report as it stands, such as what a model wrote."""
         self.texts.append({"title": str(title), "body": str(body)})
 
+    def compare(
+        self,
+        *,
+        arms: Mapping[str, Arm],
+        main: Beats,
+        also: Sequence[Check] = (),
+        seeds: int | Sequence[int] | None = None,
+        measured: Mapping[str, object] | None = None,
+        note: str = "",
+    ) -> Verdict:
+        """Run the arms over seeds and judge: does the method beat the control by the stated margin?
+
+        Every arm runs on every seed, with Python, NumPy and torch seeded before each. `holds`: the main check in every
+        seed, all others in the mean. `partly`: the main check in the mean but not in every seed, or another check
+        fails. Else `not reproduced`. At the smoke scale one seed runs and nothing is judged.
+
+        Args:
+            arms: name -> function of a seed, which returns the same metrics in each arm: numbers, and lists of numbers
+                as curves. An arm that may diverge returns a finite value then, such as the loss of guessing.
+            main: the method against a control, by a margin above 0 stated before the run.
+            also: further checks, judged in the mean: Beats, Within, AtLeast, AtMost.
+            seeds: how many (0, 1, 2, ...) or which; default by the time the slowest arm takes for a seed: ten under
+                3 s, three under 30 s, two otherwise. A run with --design adds 100 to each.
+            measured: further numbers to show.
+            note: limits and settings, for the reader of the result.
+
+        Raises ValueError for a comparison that cannot bind (no control, no margin), a check of an unknown arm or
+        metric, arms that return different metrics, and numbers that are not finite.
+        """
+        verdict, self.comparison = compare(
+            self, arms=arms, main=main, also=also, seeds=seeds, measured=measured, note=note
+        )
+        return verdict
+
+    def curves(
+        self,
+        *on: str,
+        x: str | None = None,
+        arms: Sequence[str] | None = None,
+        name: str = "curves",
+        title: str = "",
+        log: str = "",
+        **options: Any,
+    ) -> None:
+        """Draw curves of the last comparison: the mean of each arm, with a band from the lowest to the highest seed.
+
+        Args:
+            on: one curve or more, as returned by the arms; the second and later ones are dashed.
+            x: another curve that holds the places on the horizontal axis; default 1, 2, 3, ...
+            arms: which arms, default all; the control is grey.
+            name: name of the figure.
+            title: title of the figure, default the names of the curves.
+            log: axes with a logarithmic scale: "x", "y" or "xy".
+            options: of the figure, such as figsize.
+        """
+        comparison = self._compared("curves")
+        with self.figure(name, **options) as figure:
+            drawings.draw_curves(figure.subplots(), comparison, on, x=x, arms=arms, title=title, log=log)
+
+    def points(self, on: str, *, name: str = "points", title: str = "", log: bool = False, **options: Any) -> None:
+        """Draw a number of the last comparison: one row an arm, one dot a seed, and the mean."""
+        comparison = self._compared("points")
+        options.setdefault("figsize", (7.2, 1.2 + 0.45 * len(comparison.numbers)))
+        with self.figure(name, **options) as figure:
+            drawings.draw_points(figure.subplots(), comparison, on, title=title, log=log)
+
+    def _compared(self, figure: str) -> Comparison:
+        if self.comparison is None:
+            raise ValueError(f"lab.{figure} draws the last comparison; call lab.compare(...) before it")
+        return self.comparison
+
     def judge(
         self,
         checks: Mapping[str, object],
@@ -116,5 +218,8 @@ class Lab:
         control: Mapping[str, object] | None = None,
         note: str = "",
     ) -> Verdict:
-        """Turn checks and numbers into a verdict; the check named first is the main effect (see `Verdict.of`)."""
+        """Verdict of an exact or parity claim; the check named first is the main effect (see `Verdict.of`).
+
+        A behaviour judged this way rests on one seed and is recorded as "one seed", never as "holds".
+        """
         return Verdict.of(checks, measured, control, note)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +8,7 @@ from paperworks.cli import run as run_command
 from paperworks.cli import tour
 from paperworks.core.errors import AssetUnavailable
 from paperworks.lab import Lab, Paper, Verdict
-from paperworks.papers import Entry
+from paperworks.papers import Entry, Statement
 
 
 def entry(key):
@@ -21,9 +22,8 @@ def entry(key):
         summary="s",
         implements=(),
         module="m",
-        claims=1,
-        tour=(1,),
-        source_hash="h",
+        file=Path(__file__),
+        claims=(Statement(name="n", statement="s", paper="p", tour=1),),
     )
 
 
@@ -46,9 +46,9 @@ def make_papers(interrupt=False):
             figure.subplots().plot([1, 2], [3, 4])
         return lab.judge({"yes": True}, {"answer": 42})
 
-    @first.claim("comes first", paper="Table 1", kind="exact", tour=10)
+    @first.claim("comes first", paper="Table 1", control="c", reach="real", tour=10)
     def start(lab: Lab) -> Verdict:
-        return lab.judge({"yes": True}, {"answer": 41})
+        return lab.judge({"yes": True}, {"answer": 41}, control={"answer": 0})
 
     @first.claim("stays at home", paper="Table 4", kind="exact")
     def home(lab: Lab) -> Verdict:
@@ -90,7 +90,7 @@ def test_an_interrupted_tour_reports_what_was_done(tour_papers, monkeypatch, tmp
 
 
 def test_run_records_prints_and_tells_an_error_by_its_exit_code(tour_papers, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run_command, "find", lambda key: None)
+    monkeypatch.setattr(run_command, "lookup", lambda key: [entry(key)])
     monkeypatch.setattr(run_command, "load", lambda key: tour_papers[key])
     assert cli.main(["run", "second"]) == 0
     assert "not run" in capsys.readouterr().out
@@ -99,12 +99,32 @@ def test_run_records_prints_and_tells_an_error_by_its_exit_code(tour_papers, mon
     assert cli.main(["run", "first", "--out", "there", "--json"]) == 1  # one of its claims raises
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "there" / "first.json").read_text())
-    assert [claim["verdict"] for claim in document["claims"]] == ["holds", "holds", "error"]
+    assert [claim["verdict"] for claim in document["claims"]] == ["holds", "one seed", "error"]
 
 
 def test_a_smoke_run_says_that_it_is_not_recorded(tour_papers, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run_command, "find", lambda key: None)
+    monkeypatch.setattr(run_command, "lookup", lambda key: [entry(key)])
     monkeypatch.setattr(run_command, "load", lambda key: tour_papers[key])
     assert cli.main(["run", "second", "--scale", "smoke"]) == 0
     assert "not recorded" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+def test_run_shows_one_seed_only_and_how_far_the_evidence_reaches(tour_papers, monkeypatch, capsys):
+    monkeypatch.setattr(run_command, "lookup", lambda key: [entry(key)])
+    monkeypatch.setattr(run_command, "load", lambda key: tour_papers[key])
+    cli.main(["run", "first"])
+    out = capsys.readouterr().out
+    assert "one seed only" in out
+    assert "real" in out
+
+
+def test_a_design_run_and_one_of_a_users_own_are_not_among_the_results(tour_papers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run_command, "lookup", lambda key: [entry(key)])
+    monkeypatch.setattr(run_command, "load", lambda key: tour_papers[key])
+    cli.main(["run", "first", "--design"])
+    assert "is not recorded" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    cli.main(["run", "first", "--seed", "3"])
+    assert str(Path("out") / "first.json") in capsys.readouterr().out
     assert not (tmp_path / "results").exists()

@@ -1,7 +1,7 @@
 """A paper for the tests of the laboratory, with a claim for every way a claim can end."""
 
 from paperworks.core.errors import AssetUnavailable
-from paperworks.lab import Lab, Paper, Verdict
+from paperworks.lab import Beats, Lab, Paper, Verdict
 
 
 def make_paper() -> Paper:
@@ -35,5 +35,13 @@ def make_paper() -> Paper:
     @paper.claim("it is compared", paper="Table 9", control="a control")
     def forgot_its_control(lab: Lab) -> Verdict:
         return lab.judge({"yes": True}, {"answer": 1})
+
+    @paper.claim("it is better", paper="Figure 4", control="without it", reach="real")
+    def is_better(lab: Lab) -> Verdict:
+        return lab.compare(
+            arms={"with it": lambda seed: {"loss": 0.1 * seed}, "without it": lambda seed: {"loss": 1.0 + 0.2 * seed}},
+            main=Beats("with it", "without it", on="loss", by=0.5, lower=True),
+            seeds=5,
+        )
 
     return paper

@@ -48,10 +48,10 @@ def test_an_unknown_kind_names_the_nearest():
     [
         ({"main": True, "other": True}, "holds"),
         ({"main": True, "other": False}, "partly"),
-        ({"main": False, "other": True}, "does not hold"),
-        ({"main": False, "other": False}, "does not hold"),
+        ({"main": False, "other": True}, "not reproduced"),
+        ({"main": False, "other": False}, "not reproduced"),
         ({"main": numpy.bool_(True)}, "holds"),
-        ({"main": torch.tensor(1.0) > 2}, "does not hold"),
+        ({"main": torch.tensor(1.0) > 2}, "not reproduced"),
     ],
 )
 def test_the_first_check_is_the_main_effect(checks, status):
@@ -87,9 +87,48 @@ def test_a_check_must_be_a_truth_and_there_must_be_one():
         Lab().judge({}, {"x": 1})
 
 
-def test_a_verdict_has_one_of_the_four_statuses():
+def test_a_verdict_has_one_of_the_known_statuses():
     with pytest.raises(ValueError, match="unknown verdict 'hold'; did you mean 'holds'"):
         Verdict(status="hold")
+
+
+def test_the_reach_of_a_claim_follows_its_kind_and_a_behaviour_is_small_by_default():
+    paper = empty_paper()
+    for name, options in {
+        "small": {"control": "c"},
+        "real": {"control": "c", "reach": "real"},
+        "full": {"control": "c", "reach": "full"},
+        "exact": {"kind": "exact"},
+        "parity": {"kind": "parity"},
+    }.items():
+
+        def check(lab: Lab) -> Verdict:
+            raise AssertionError
+
+        check.__name__ = name
+        paper.claim("it works", paper="Table 1", **options)(check)
+    assert all(claim.reach == claim.name for claim in paper.claims)
+
+
+def test_a_reach_that_the_kind_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="unknown reach of a behaviour 'reel'; did you mean 'real'"):
+        empty_paper().claim("it works", paper="Table 1", control="c", reach="reel")
+    with pytest.raises(ValueError, match="unknown reach of a behaviour 'exact'"):
+        empty_paper().claim("it works", paper="Table 1", control="c", reach="exact")
+    with pytest.raises(ValueError, match="kind 'exact' has reach 'exact', not 'real'"):
+        empty_paper().claim("it works", paper="Table 1", kind="exact", reach="real")
+
+
+def test_usage_has_at_most_fifteen_lines():
+    def with_usage(lines):
+        usage = "\n".join(["", *(f"x = {line}" for line in range(lines)), ""])
+        return Paper(
+            key="k", title="t", authors="a", year=2000, ref="r", family="f", summary="s", implements=(), usage=usage
+        )
+
+    assert with_usage(15).usage
+    with pytest.raises(ValueError, match="usage of paper 'k' has 16 lines; 15 at most"):
+        with_usage(16)
 
 
 def test_the_source_of_a_paper_is_the_file_that_states_its_claims():

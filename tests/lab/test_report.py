@@ -2,7 +2,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from paperworks.lab import Lab, run
+from paperworks.lab import Design, Lab, run, run_claim
 from paperworks.lab.report import Section, render_report, write_report
 from paperworks.lab.values import shown
 from tests.lab.laboratory import make_paper
@@ -54,9 +54,37 @@ def test_the_report_is_well_formed_and_shows_everything(page):
     for expected in (
         *("A <tour>", "Lead & more", "A <Sample> & Its Claims", "Table 1: 7", "without it", "<2.13>"),
         *("Said <before>", "<script>alert(1)</script>", "the part fell off", "weights.gguf is not here"),
-        *("holds", "error", "not run", "seven", "2.5"),
+        *("error", "not run", "2.5", "ran"),
+        *("it is better", "Arms over seeds", "real"),
     ):
         assert expected in text
+    assert "seven" not in text  # a smoke run judges nothing, so its checks are not shown
+
+
+def test_a_judged_claim_shows_checks_seeds_interval_reach_and_earlier_designs():
+    paper = make_paper()
+    outcome, images = run_claim(paper, paper.claims[-1], "small")
+    earlier = [
+        Design(hash="a", scale="small", seeds=[0], verdicts={"is_better": "one seed"}, date="2026-01-01"),
+        Design(hash="b", scale="small", seeds=[0, 1], verdicts={"works": "holds"}),  # did not have this claim
+    ]
+    section = Section(paper=paper, outcome=outcome, images=images, earlier=earlier)
+    page = render_report([section], title="t", lead="l", environment={})
+    text = " ".join(" ".join(Page(page).words).split())
+    for expected in (
+        *("holds", "real, 5 seeds", "seed 4", "behaviour · real"),
+        "with it beats without it on loss by at least 0.5: 1.2 (5 of 5 seeds)",
+        *("loss, with it - without it", "-1.2", "95% interval", "first design: one seed, seeds 0, 2026-01-01"),
+    ):
+        assert expected in text
+    assert "second design" not in text
+
+
+def test_one_seed_is_shown_as_one_seed_only():
+    paper = make_paper()
+    outcome, images = run_claim(paper, paper.claims[0], "small")
+    page = render_report([Section(paper=paper, outcome=outcome, images=images)], title="t", lead="l", environment={})
+    assert '<span class="chip one-seed">one seed only</span>' in page
 
 
 def test_nothing_in_the_report_comes_from_elsewhere_and_no_text_becomes_markup(page):

@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from paperworks.core.errors import CorruptFile
-from paperworks.lab import Lab, Paper, Verdict, load_result, results_folder, run
+from paperworks.lab import Beats, Lab, Paper, Verdict, load_result, results_folder, run, runner
+from paperworks.lab.fingerprint import fingerprint
 from paperworks.lab.progress import Board, Clock, duration
-from paperworks.lab.results import source_hash
-from paperworks.lab.runner import run_claim
+from paperworks.lab.results import Design
+from paperworks.lab.runner import Choices, run_claim
 from tests.lab.laboratory import make_paper
 
 
 def test_every_claim_is_recorded_whatever_became_of_the_others(tmp_path):
     result = run(make_paper(), "small", seed=4, out=tmp_path, quiet=True)
     assert {claim.name: claim.verdict for claim in result.claims} == {
-        "works": "holds",
+        "works": "one seed",
         "breaks": "error",
         "lacks_its_file": "not run",
         "forgot_its_control": "error",
+        "is_better": "holds",
     }
     notes = {claim.name: claim.note for claim in result.claims}
     assert notes["lacks_its_file"] == "weights.gguf is not here; put it into ~/weights"
@@ -27,20 +29,26 @@ def test_every_claim_is_recorded_whatever_became_of_the_others(tmp_path):
     assert "laboratory.py:" in notes["breaks"]
     assert "/" not in notes["breaks"]  # file names only: a result carries no path of the machine
     assert "measured no control" in notes["forgot_its_control"]
-    assert result.status == "error"
+    assert (result.holding, len(result.claims)) == (1, 5)
 
 
 def test_the_file_has_exactly_the_fields_of_the_plan_and_reads_back_equal(tmp_path):
     paper = make_paper()
     result = run(paper, "small", seed=4, out=tmp_path, quiet=True)
     document = json.loads((tmp_path / "sample.json").read_text())
-    assert set(document) == {"key", "scale", "seeds", "environment", "source_hash", "claims"}
+    assert set(document) == {
+        *("key", "scale", "seeds", "environment", "fingerprint", "claims", "earlier", "sources", "choices"),
+    }
     assert set(document["claims"][0]) == {
         *("name", "kind", "statement", "paper", "measured", "control", "verdict", "seconds", "figures"),
-        *("note", "checks", "texts", "tables"),
+        *("note", "checks", "texts", "tables", "reach", "seeds", "arms", "curves", "difference", "interval"),
     }
-    assert document["seeds"] == [4]
-    assert document["source_hash"] == source_hash(paper.source)
+    assert document["seeds"] == [4, 5, 6, 7, 8]
+    assert document["fingerprint"] == fingerprint(paper.source, paper.implements).code
+    assert "laboratory.py" in document["sources"]
+    compared = document["claims"][-1]
+    assert compared["arms"]["with it"]["loss"] == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8])
+    assert compared["interval"]["low"] <= -1.6 <= compared["interval"]["high"]
     assert document["claims"][0]["figures"] == ["sample-line.svg"]
     assert document["claims"][1]["control"] is None
     assert (tmp_path / "sample-line.svg").read_bytes() == result.images["sample-line.svg"]
@@ -100,7 +108,7 @@ def test_every_claim_starts_from_the_seed_so_its_neighbours_do_not_matter():
 def test_a_check_that_returns_no_verdict_is_an_error_of_that_claim():
     outcome = run(drawing_paper(lambda lab: True), "smoke", quiet=True).claims[0]
     assert outcome.verdict == "error"
-    assert "return lab.judge(...)" in outcome.note
+    assert "return lab.compare(...) or lab.judge(...)" in outcome.note
 
 
 def interrupted_paper(interrupt):
@@ -145,14 +153,12 @@ def test_a_damaged_result_is_named_and_the_way_out_told(tmp_path, content):
     (tmp_path / "sample.json").write_text(content)
     with pytest.raises(CorruptFile, match=r"sample\.json is not a paperworks result.*paperworks run sample"):
         load_result(tmp_path, "sample")
-    run(make_paper(), out=tmp_path, quiet=True)  # and running again mends it
-    assert load_result(tmp_path, "sample") is not None
 
 
 def test_one_claim_can_be_run_by_itself():
     paper = make_paper()
     outcome, images = run_claim(paper, paper.claims[0], "smoke")
-    assert outcome.verdict == "holds"
+    assert outcome.verdict == "ran"
     assert outcome.texts[0]["title"] == "Said <before>"
     assert list(images) == outcome.figures == ["sample.smoke-line.svg"]
 
@@ -212,3 +218,155 @@ def test_the_board_writes_a_line_a_job_into_a_log_and_bars_on_a_terminal():
 
 def test_durations_are_written_as_people_say_them():
     assert [duration(seconds) for seconds in (0.4, 59.4, 59.6, 65, 600)] == ["0 s", "59 s", "1:00", "1:05", "10:00"]
+
+
+def behaviour(status, seeds=0):
+    """A paper with one behaviour, judged by `judge` or over seeds by `compare`."""
+    paper = Paper(key="one", title="t", authors="a", year=2000, ref="r", family="f", summary="s", implements=())
+
+    @paper.claim("it works", paper="p", control="c")
+    def works(lab: Lab) -> Verdict:
+        if seeds:
+            return lab.compare(
+                arms={"a": lambda seed: {"x": 1.0}, "b": lambda seed: {"x": 0.0}},
+                main=Beats("a", "b", on="x", by=0.5),
+                seeds=seeds,
+            )
+        return lab.judge({"main": status != "not reproduced", "other": status != "partly"}, {"x": 1}, control={"x": 0})
+
+    return paper
+
+
+@pytest.mark.parametrize(
+    ("judged", "recorded"), [("holds", "one seed"), ("partly", "one seed"), ("not reproduced", "not reproduced")]
+)
+def test_a_behaviour_judged_on_one_seed_can_never_hold(judged, recorded):
+    paper = behaviour(judged)
+    assert run_claim(paper, paper.claims[0])[0].verdict == recorded
+
+
+def test_a_comparison_on_one_seed_can_never_hold():
+    for seeds, verdict in ((1, "one seed"), (2, "holds")):
+        paper = behaviour("holds", seeds)
+        assert run_claim(paper, paper.claims[0])[0].verdict == verdict
+    paper = behaviour("holds", 3)
+    assert run_claim(paper, paper.claims[0], most_seeds=1)[0].verdict == "one seed"
+
+
+def test_a_smoke_run_is_ran_whatever_its_checks():
+    for paper in (behaviour("not reproduced"), behaviour("holds", 3)):
+        assert run_claim(paper, paper.claims[0], "smoke")[0].verdict == "ran"
+
+
+def test_a_result_of_other_code_is_remembered_with_its_verdicts(tmp_path, monkeypatch):
+    def run_as(code):
+        def of(*given):
+            found = fingerprint(*given)
+            return type(found)(code=code, sources=found.sources, files=found.files)
+
+        monkeypatch.setattr(runner, "fingerprint", of)
+        return run(make_paper(), "small", out=tmp_path, quiet=True)
+
+    first = run_as("a" * 64)
+    assert (first.earlier, first.design_number) == ([], 1)
+    assert run_as("a" * 64).earlier == []  # the same design again
+    second = run_as("b" * 64)
+    assert second.design_number == 2
+    (design,) = second.earlier
+    assert design == Design(
+        hash="a" * 64,
+        scale="small",
+        seeds=[0, 1, 2, 3, 4],
+        verdicts={claim.name: claim.verdict for claim in first.claims},
+        date=first.environment["date"],
+    )
+    third = run_as("c" * 64)
+    assert [design.hash[0] for design in third.earlier] == ["a", "b"]
+    assert third.design_number == 3
+    assert load_result(tmp_path, "sample").to_dict() == third.to_dict()
+    # A return to an earlier design is no new one, and nothing is forgotten.
+    back = run_as("a" * 64)
+    assert [design.hash[0] for design in back.earlier] == ["a", "b", "c"]
+    assert back.design_number == 3
+
+
+def test_a_damaged_result_is_not_replaced_since_its_history_would_be_lost(tmp_path):
+    path = tmp_path / "sample.json"
+    path.write_text('{"key": "sample"}')
+    with pytest.raises(CorruptFile, match=r"sample\.json is not a paperworks result .* restore it"):
+        run(make_paper(), "small", out=tmp_path, quiet=True)
+    assert path.read_text() == '{"key": "sample"}'
+
+
+def test_a_design_run_takes_seeds_from_100_and_records_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(behaviour("holds", 3), design=True, quiet=True)
+    assert result.seeds == [100, 101, 102]
+    assert result.claims[0].seeds == [100, 101, 102]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_first_seed_is_written_beside_the_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(behaviour("holds", 2), seed=7, quiet=True)
+    assert (tmp_path / "out" / "one.json").is_file()
+    assert not (tmp_path / "results").exists()
+
+
+def speaking_paper():
+    paper = Paper(key="lm", title="t", authors="a", year=2000, ref="r", family="f", summary="s", implements=())
+
+    @paper.claim("it speaks", paper="p", kind="exact")
+    def speaks(lab: Lab) -> Verdict:
+        return lab.judge({"yes": True}, {"model": lab.model_name("smollm2")})
+
+    @paper.claim("it counts", paper="p", kind="exact")
+    def counts(lab: Lab) -> Verdict:
+        return lab.judge({"yes": True}, {"one": 1})
+
+    return paper
+
+
+def test_a_run_on_the_users_model_is_written_beside_the_results_with_the_claims_that_use_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(speaking_paper(), choices=Choices(model="org/mine"), quiet=True)
+    assert [(claim.name, claim.measured["model"]) for claim in result.claims] == [("speaks", "org/mine")]
+    assert json.loads((tmp_path / "out" / "lm.json").read_text())["choices"] == {"model": "org/mine"}
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(ValueError, match="holds the results of the papers' own experiments"):
+        run(speaking_paper(), choices=Choices(model="org/mine"), out=tmp_path / "results", quiet=True)
+
+
+def test_a_choice_that_no_claim_can_use_is_refused_before_anything_runs(tmp_path):
+    paper = make_paper()  # stands in a file in which no claim speaks of a model
+    with pytest.raises(ValueError, match="no claim of sample speaks of a language model"):
+        run(paper, choices=Choices(model="smollm2"), quiet=True)
+    data = tmp_path / "a.txt"
+    with pytest.raises(ValueError, match="there is no such file"):
+        run(paper, choices=Choices(data=data), quiet=True)
+    data.touch()
+    with pytest.raises(ValueError, match="no claim of sample speaks of a data file"):
+        run(paper, choices=Choices(data=data), quiet=True)
+
+
+def test_a_claim_over_its_budget_is_warned_of_unless_the_paper_says_why(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("paperworks.lab.stopwatch.now", lambda: (now[0], now[0]))
+
+    def run_for(seconds, **options):
+        paper = Paper(
+            key="slow", title="t", authors="a", year=1, ref="r", family="f", summary="s", implements=(), **options
+        )
+
+        @paper.claim("it lasts", paper="p", kind="exact")
+        def lasts(lab: Lab) -> Verdict:
+            now[0] += seconds
+            return lab.judge({"yes": True}, {"one": 1})
+
+        run(paper, record=False)
+        return capsys.readouterr().err
+
+    assert "claim lasts took 3:01, over the budget of 3:00" in run_for(181)
+    assert "paper slow took 6:01" in run_for(361)
+    assert "budget" not in run_for(179)
+    assert "budget" not in run_for(400, budget_exception="the effect needs a large table")

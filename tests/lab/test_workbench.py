@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -89,6 +90,16 @@ def test_a_table_has_one_plain_value_a_column():
         lab.table("Bad", ["name", "size"], [["a"]])
     with pytest.raises(ValueError, match=re.escape("'Bad, row 0, size' is nan")):
         lab.table("Bad", ["name", "size"], [["a", float("nan")]])
+
+
+def test_the_users_model_and_data_take_the_place_of_the_claims_own(tmp_path):
+    plain = Lab()
+    assert (plain.model_name("smollm2"), plain.data_file("a.txt")) == ("smollm2", Path("a.txt"))
+    assert plain.choices == {}
+    chosen = Lab(model="org/other", data=tmp_path / "b.txt")
+    assert chosen.choices == {}  # a choice that no claim uses is not recorded
+    assert (chosen.model_name("smollm2"), chosen.data_file("a.txt")) == ("org/other", tmp_path / "b.txt")
+    assert chosen.choices == {"model": "org/other", "data": "b.txt"}
 
 
 def test_threads_are_put_back_also_after_an_error():

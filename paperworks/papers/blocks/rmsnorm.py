@@ -8,18 +8,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from paperworks import train
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict, Within
 from paperworks.models import Decoder
 from paperworks.nn import LayerNorm, Norm, RMSNorm
 from paperworks.nn.identity_norm import NoNorm
-from paperworks.testbeds.characters import LR, character_llama, held_out_loss, play, trained
+from paperworks.testbeds.characters import LR, character_llama, held_out_loss, trained
 
 paper = Paper(
     key="rmsnorm",
@@ -37,6 +37,17 @@ paper = Paper(
         "paperworks.nn.norm.RootMeanSquareNorm",
         "paperworks.nn.identity_norm.NoNorm",
     ),
+    equation=r"y = \frac{x}{\sqrt{\frac{1}{n} \sum_i x_i^2 + \epsilon}} \odot g",
+    usage="""
+import paperworks as pw
+from dataclasses import replace
+from paperworks.nn import RMSNorm
+
+spec = pw.preset("llama2-7b")                            # a model is a value: here with pRMSNorm in every place
+norm = RMSNorm(fraction=0.0625)
+partial = replace(spec, norm=norm, block=replace(spec.block, norm=norm))
+print(f"{pw.count_parameters(partial):,} parameters, of which the norms are {(2 * spec.depth + 1) * spec.dim:,}")
+""",
 )
 
 EXACT = 1e-12  # float64 sums of a few dozen numbers
@@ -128,38 +139,43 @@ def _cosine_with_gradient(norm: nn.Module, x: Tensor) -> float:
 )
 def half_precision(lab: Lab) -> Verdict:
     """Normalize inputs of magnitude 300 in float16 and bfloat16, and compare with float64."""
-    dim = 256
-    wide = torch.randn(32, dim, dtype=torch.float64)
-    wide = 300 * wide / wide.square().mean(-1, keepdim=True).sqrt()
-    measured: dict[str, float] = {}
-    control: dict[str, float] = {}
-    finite = True
-    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
-        x = wide.to(dtype)
-        norm = RMSNorm().build(dim).to(dtype)
-        expected = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
-        with torch.no_grad():
-            found = norm(x)
-        finite = finite and bool(found.isfinite().all())
-        measured[f"{name}, relative error in units of its precision"] = (
-            _largest((found.double() - expected) / expected) / torch.finfo(dtype).eps
-        )
-        narrow = x * torch.rsqrt(x.square().mean(-1, keepdim=True))
-        control[f"{name}, relative error in units of its precision"] = (
-            _largest((narrow.double() - expected) / expected) / torch.finfo(dtype).eps
-        )
-        control[f"{name}, share of squares that overflow"] = float(x.square().isinf().double().mean())
-    return lab.judge(
-        checks={
-            # Rounding the normalized value to the nearest costs half a unit; the float32 arithmetic next to nothing.
-            "outputs are within one unit of the precision": finite and all(error <= 1.0 for error in measured.values()),
-            "squares of float16 overflow": control["float16, share of squares that overflow"] > 0.1,
-            "and their norm is wrong by all its digits": (
-                control["float16, relative error in units of its precision"] > 500
-            ),
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+    def arm(
+        normalized: Callable[[Tensor], Tensor], squared_in: torch.dtype | None
+    ) -> Callable[[int], dict[str, float]]:
+        def errors(seed: int) -> dict[str, float]:
+            wide = torch.randn(32, 256, dtype=torch.float64, generator=lab.generator(seed))
+            wide = 300 * wide / wide.square().mean(-1, keepdim=True).sqrt()
+            numbers = {}
+            for name, dtype in dtypes.items():
+                x = wide.to(dtype)
+                expected = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+                with torch.no_grad():
+                    found = normalized(x)
+                # An output that is not finite is as wrong as one without a correct digit.
+                error = ((found.double() - expected) / expected).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
+                numbers[f"{name}, error in units of its precision"] = _largest(error) / torch.finfo(dtype).eps
+                overflowing = x.to(squared_in or dtype).square().isinf().double().mean()
+                numbers[f"{name}, share of squares that overflow"] = float(overflowing)
+            return numbers
+
+        return errors
+
+    ours, narrow = "RMSNorm, its root in float32", "squares in the input's precision"
+    return lab.compare(
+        arms={
+            ours: arm(lambda x: RMSNorm().build(x.shape[-1]).to(x.dtype)(x), torch.float32),
+            narrow: arm(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True)), None),
         },
-        measured=measured,
-        control=control,
+        # An error of 1,024 units in float16 is one of 100%.
+        main=Beats(ours, narrow, on="float16, error in units of its precision", by=500, lower=True),
+        also=[
+            # Rounding the normalized value to the nearest costs half a unit; the float32 arithmetic next to nothing.
+            AtMost(ours, 1.0, on="float16, error in units of its precision"),
+            AtMost(ours, 1.0, on="bfloat16, error in units of its precision"),
+            AtLeast(narrow, 0.1, on="float16, share of squares that overflow"),
+        ],
         note="Inputs whose root mean square is 300: a square of 90,000 is beyond float16's largest number, 65,504.",
     )
 
@@ -208,75 +224,41 @@ def _with_norm(spec: Decoder, norm: Norm) -> Decoder:
     control="no normalization at all, the same learning rate",
 )
 def trains_as_well(lab: Lab) -> Verdict:
-    """Train six-layer character models that differ only in the norm."""
-    steps, seeds = lab.pick(smoke=2, small=300, large=2000), lab.pick(smoke=(lab.seed,), small=(lab.seed, lab.seed + 1))
-    play()  # before the bars: it may have to be fetched
-    base = character_llama(depth=lab.pick(smoke=1, small=6))
+    """Train character models that differ only in the norm."""
+    steps, depth = lab.pick(smoke=2, small=120, large=2000), lab.pick(smoke=1, small=4, large=6)
+    base = character_llama(depth=depth)
     norms: dict[str, Norm] = {
-        "LayerNorm": LayerNorm(),
         "RMSNorm": RMSNorm(),
-        "pRMSNorm, 6.25%": RMSNorm(fraction=PARTIAL),
-        "pRMSNorm, 25%": RMSNorm(fraction=0.25),  # as many units of 64 as the paper's 6.25% takes of 256
+        "pRMSNorm": RMSNorm(fraction=PARTIAL),
+        "LayerNorm": LayerNorm(),
         "no norm": NoNorm(),
     }
-    losses: dict[str, list[float] | None] = {}
-    for name, norm in norms.items():
-        losses[name] = _losses(lab, _with_norm(base, norm), steps, seeds, name)
-    normed = {name: value for name, value in losses.items() if value is not None and name != "no norm"}
-    means = {name: statistics.fmean(value) for name, value in normed.items()}
-    without = losses["no norm"]
-    # A norm that diverged is as far as can be.
-    apart = abs(means["RMSNorm"] - means["LayerNorm"]) if {"RMSNorm", "LayerNorm"} <= set(means) else math.inf
-    paper_three = [means[name] for name in ("LayerNorm", "RMSNorm", "pRMSNorm, 6.25%") if name in means]
-    behind = None if without is None else statistics.fmean(without) - max(means.values())
-    _draw_losses(lab, losses)
-    return lab.judge(
-        checks={
-            "LayerNorm, RMSNorm and pRMSNorm (6.25%) are within 0.03 nats of each other": (
-                len(paper_three) == 3 and max(paper_three) - min(paper_three) <= 0.03
-            ),
-            "RMSNorm alone is within 0.03 nats of LayerNorm": apart <= 0.03,
-            # Twice the width of the band in which the norms count as equal.
-            "without a norm it diverges or is worse by 0.06 nats": behind is None or behind >= 0.06,
-        },
-        measured={
-            **{f"loss, {name}": value for name, value in means.items()},
-            "largest difference of the three": max(paper_three) - min(paper_three),
-            **{f"loss by seed, {name}": value for name, value in normed.items()},
-        },
-        control={
-            "loss, no norm": "diverged" if without is None else statistics.fmean(without),
-            "worse than the worst norm by": "diverged" if behind is None else behind,
-        },
-        note=f"6 layers, width 64, {steps} steps of 1,024 characters of tinyshakespeare, peak rate {LR}, "
-        f"seeds {', '.join(map(str, seeds))}; nats a character on the last tenth. "
-        "At this width 6.25% are 4 of 64 units, a noisy estimate (in the paper 32 or more); 25% are 16.",
+
+    def arm(norm: Norm) -> Callable[[int], dict[str, float]]:
+        def loss(seed: int) -> dict[str, float]:
+            try:
+                model = trained(lab, _with_norm(base, norm), steps, seed, "steps")
+            except train.Diverged:  # counts as guessing
+                return {"loss": math.log(base.vocab_size)}
+            return {"loss": held_out_loss(lab, model)}
+
+        return loss
+
+    verdict = lab.compare(
+        arms={name: arm(norm) for name, norm in norms.items()},
+        # Twice the margin within which the norms count as equal.
+        main=Beats("RMSNorm", "no norm", on="loss", by=0.06, lower=True),
+        also=[
+            Within("RMSNorm", "LayerNorm", on="loss", by=0.03, lower=True),
+            Within("pRMSNorm", "LayerNorm", on="loss", by=0.03, lower=True),
+        ],
+        seeds=3,
+        note=f"{depth} layers, width 64, {steps} steps of 1,024 characters of tinyshakespeare, peak rate {LR}; nats a "
+        "character on the last tenth. pRMSNorm looks at 6.25% of the units as in the paper, here 4 of 64, a noisy "
+        "estimate (in the paper 32 or more).",
     )
-
-
-def _losses(lab: Lab, spec: Decoder, steps: int, seeds: tuple[int, ...], name: str) -> list[float] | None:
-    try:
-        return [held_out_loss(lab, trained(lab, spec, steps, seed, f"{name}, seed {seed}")) for seed in seeds]
-    except train.Diverged:
-        return None
-
-
-def _draw_losses(lab: Lab, losses: dict[str, list[float] | None]) -> None:
-    with lab.figure("losses", figsize=(7.6, 2.6)) as figure:
-        axes = figure.subplots()
-        for row, (name, values) in enumerate(losses.items()):
-            color = CONTROL if name == "no norm" else COLORS[0]
-            if values is None:
-                axes.text(0.5, row, "diverged", color=INK, va="center", transform=axes.get_yaxis_transform())
-                continue
-            mean = statistics.fmean(values)
-            axes.plot(values, [row] * len(values), "o", color=color, markersize=8, alpha=0.75)
-            axes.text(max(values), row - 0.28, f"{mean:.3f}", color=INK, ha="right", va="center")
-        axes.set_yticks(range(len(losses)), list(losses))
-        axes.set_ylim(len(losses) - 0.5, -0.6)
-        axes.margins(x=0.08)
-        axes.set_xlabel("nats a character on held out text, one dot a seed")
-        axes.set_title("A character model with each norm")
+    lab.points("loss", title="Loss of a character model with each norm")
+    return verdict
 
 
 def _plain_layer_norm(x: Tensor, gain: Tensor) -> Float[Tensor, "rows dim"]:
@@ -297,36 +279,41 @@ def _plain_rms_norm(x: Tensor, gain: Tensor) -> Float[Tensor, "rows dim"]:
 def takes_less_time(lab: Lab) -> Verdict:
     """Time both in turn on one thread, forward and backward, and torch's own kernels beside them."""
     rows, dim = lab.pick(smoke=64, small=1024), 512
-    x = torch.randn(rows, dim, requires_grad=True)
-    gain = torch.ones(dim, requires_grad=True)
-    kernel = nn.LayerNorm(dim)
-    parts: dict[str, Callable[[], Tensor]] = {
-        "LayerNorm": lambda: _plain_layer_norm(x, gain),
-        "RMSNorm": lambda: _plain_rms_norm(x, gain),
-        "torch's LayerNorm kernel": lambda: kernel(x),
-        "torch's rms_norm": lambda: nn.functional.rms_norm(x, (dim,), gain, 1e-6),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    with lab.threads(1):
-        for _ in lab.track(lab.pick(smoke=3, small=200), "rounds"):
-            # In turn and shuffled: a busy moment, and what the part before left in the caches, hit all of them alike.
-            for name in random.sample(list(parts), len(parts)):
-                started = time.perf_counter()
-                parts[name]().sum().backward()
-                seconds[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    saved = 1 - median["RMSNorm"] / median["LayerNorm"]
-    return lab.judge(
-        checks={"at least 7% less": saved >= 0.07},
-        measured={
-            "time saved": saved,
-            "milliseconds, RMSNorm": 1000 * median["RMSNorm"],
-            "milliseconds, torch's rms_norm": 1000 * median["torch's rms_norm"],
-        },
-        control={
-            "milliseconds, LayerNorm": 1000 * median["LayerNorm"],
-            "milliseconds, torch's LayerNorm kernel": 1000 * median["torch's LayerNorm kernel"],
-        },
-        note=f"Medians of rounds, {rows} rows of {dim}, forward and backward, one thread. A fused kernel can be faster "
-        "than either, whichever norm it computes.",
+    rounds = lab.pick(smoke=3, small=100)
+
+    @cache
+    def medians(seed: int) -> dict[str, float]:
+        """Milliseconds of each norm; measured together, so that a busy moment hits all of them alike."""
+        draws = random.Random(seed)
+        x = torch.randn(rows, dim, generator=lab.generator(seed)).requires_grad_()
+        gain = torch.ones(dim, requires_grad=True)
+        kernel = nn.LayerNorm(dim)
+        parts: dict[str, Callable[[], Tensor]] = {
+            "RMSNorm": lambda: _plain_rms_norm(x, gain),
+            "LayerNorm": lambda: _plain_layer_norm(x, gain),
+            "torch's rms_norm": lambda: nn.functional.rms_norm(x, (dim,), gain, 1e-6),
+            "torch's LayerNorm": lambda: kernel(x),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        with lab.threads(1):
+            for _ in lab.track(rounds, "rounds"):
+                # Shuffled, so that what the part before left in the caches hits all of them alike.
+                for name in draws.sample(list(parts), len(parts)):
+                    started = time.perf_counter()
+                    parts[name]().sum().backward()
+                    seconds[name].append(time.perf_counter() - started)
+        return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+    def arm(name: str) -> Callable[[int], dict[str, float]]:
+        return lambda seed: {"milliseconds": medians(seed)[name]}
+
+    names = ("RMSNorm", "LayerNorm", "torch's rms_norm", "torch's LayerNorm")
+    verdict = lab.compare(
+        arms={name: arm(name) for name in names},
+        main=Beats("RMSNorm", "LayerNorm", on="milliseconds", by_ratio=0.07, lower=True),  # the least of Tables 2 to 9
+        also=[Beats("torch's rms_norm", "torch's LayerNorm", on="milliseconds", lower=True)],
+        note=f"Medians of {rounds} rounds, {rows} rows of {dim}, forward and backward, one thread. torch "
+        "fuses LayerNorm into one kernel on a CPU and composes rms_norm from several, which costs more than it saves.",
     )
+    lab.points("milliseconds", title="Time of a norm, forward and backward")
+    return verdict

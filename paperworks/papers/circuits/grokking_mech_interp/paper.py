@@ -19,7 +19,7 @@ from paperworks.interpret.taps import record
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.papers.circuits.grokking_mech_interp import fourier
-from paperworks.papers.training.grokking import PRIME, OperandNetwork
+from paperworks.papers.training.grokking import OperandNetwork
 from paperworks.testbeds.algorithmic import Table, operation_table
 
 paper = Paper(
@@ -43,6 +43,7 @@ paper = Paper(
     ),
 )
 
+PRIME = 59  # the modulus
 KEYS = 5  # as many as the paper's main run has
 WIDTH, HIDDEN = 32, 64
 SHOWN = 0.6  # share of the equations
