@@ -15,7 +15,7 @@ from paperworks.adapt.whole import TrainedWhole
 from paperworks.core.coverage import Coverage, coverage_of, warn_of_gaps
 from paperworks.core.errors import unknown
 from paperworks.core.linear import is_linear_like, linear_kind
-from paperworks.core.selection import Targets, matching, patterns_of, replace_module, require_model, select
+from paperworks.core.selection import NAMED_SETS, Targets, matching, patterns_of, replace_module, require_model, select
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -67,7 +67,8 @@ def apply(
             convolutions that multiply whole patches ("*patch_embedding"), and stacked experts by their parameter
             ("*.experts.{gate_up_proj,down_proj}"); the methods that cannot adapt those say so.
         name: what to call it; the same name may be put on other layers later.
-        dtype: of the adapter's numbers, such as `torch.bfloat16`; None leaves what the adapter chooses (float32).
+        dtype: of the adapter's numbers, such as `torch.bfloat16`; None leaves what the adapter chooses (float32,
+            over a float64 base float64).
         modules_to_save: modules of any kind (a new head, norms) of which a copy is trained whole, used and saved with
             the adapter; patterns over module paths.
 
@@ -96,7 +97,9 @@ def apply(
 def adaptable(model: nn.Module, targets: Targets) -> dict[str, LayerInfo]:
     """The layers that `targets` names, by path: wrapped or not, but nothing inside wrappers."""
     found: dict[str, LayerInfo] = {}
-    for pattern in patterns_of(targets) or [""]:
+    if not patterns_of(targets):
+        raise ValueError(f"no targets were given; name a pattern or one of {', '.join(NAMED_SETS)}")
+    for pattern in patterns_of(targets):
         try:
             chosen = select(model, pattern, is_linear_like, "linear layer")
             found |= {path: LayerInfo.of(module, path) for path, module in chosen.items()}

@@ -46,7 +46,9 @@ class RescalingDelta(Delta):
     def __init__(self, layer: LayerInfo, inputs: bool) -> None:
         super().__init__()
         self.layer, self.inputs = layer, inputs
-        self.scale = nn.Parameter(torch.ones(layer.in_features if inputs else layer.out_features))
+        self.scale = nn.Parameter(
+            torch.ones(layer.in_features if inputs else layer.out_features, dtype=layer.trained_dtype)
+        )
 
     def extra_repr(self) -> str:
         """Describe the delta in `print(model)`."""

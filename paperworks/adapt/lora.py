@@ -81,8 +81,8 @@ class LowRankDelta(Delta):
         super().__init__()
         self.layer, self.scale, self.dropout = layer, spec.scale, spec.dropout
         stack = (layer.experts,) if layer.kind == "stacked" else ()
-        self.down = nn.Parameter(torch.empty(*stack, spec.rank, layer.in_features))
-        self.up = nn.Parameter(torch.zeros(*stack, layer.out_features, spec.rank))
+        self.down = nn.Parameter(torch.empty(*stack, spec.rank, layer.in_features, dtype=layer.trained_dtype))
+        self.up = nn.Parameter(torch.zeros(*stack, layer.out_features, spec.rank, dtype=layer.trained_dtype))
         self._initialize()
 
     def _initialize(self) -> None:

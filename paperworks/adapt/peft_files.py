@@ -18,7 +18,7 @@ from paperworks.adapt.files import fill_whole, fit_whole, read_tensors, the_only
 from paperworks.adapt.ia3 import IA3
 from paperworks.adapt.layer_info import LayerInfo
 from paperworks.adapt.lora import LoRA
-from paperworks.adapt.peft_names import PREFIX, kept_whole, layer_tensors, stack_keys, tensor_keys
+from paperworks.adapt.peft_names import FROZEN, PREFIX, kept_whole, layer_tensors, stack_keys, tensor_keys
 from paperworks.adapt.pissa import PiSSA
 from paperworks.core import atomic
 from paperworks.core.errors import CorruptFile
@@ -29,7 +29,6 @@ Rename = Callable[[str], str | Sequence[str]] | Mapping[str, str | Sequence[str]
 
 # What else peft's configuration may ask for; a value other than these is a method that is not among ours.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA", "IA3"),
     "bias": ("none", None),
     "use_qalora": (False, None),
     "lora_bias": (False, None),
@@ -73,12 +72,16 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", *, re
     adapters: dict[str, Adapter] = {}
     stacks = stack_keys(model, config.get("target_parameters") or [])
     for place, parts in layer_tensors(tensors, stacks, problems).items():
+        frozen = parts.pop(FROZEN, None)
         try:
             for layer, rows in _targets(model, place, rename, parts):
+                _require_same_base(layer, frozen)
                 adapters[layer.path] = adapter = _adapter(config, place, layer, rows)
                 deltas[layer.path] = _delta(layer, adapter, rows)
         except ValueError as error:
             problems.append(f"{place}: {error}")
+    if config.get("modules_to_save") and not held:
+        problems.append(f"modules_to_save is {config['modules_to_save']}, and the file holds none of them")
     if not deltas and not whole and not problems:
         problems.append("it holds no matrices of an adapter")
     if problems:
@@ -208,10 +211,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
     found = [
-        f"{field} is {config[field]!r}; only {' or '.join(map(repr, plain[:2]))} can be read"
+        f"{field} is {config[field]!r}; only {plain[0]!r} can be read"
         for field, plain in _PLAIN.items()
         if field in config and config[field] not in plain
     ]
+    if config.get("peft_type", "LORA") not in ("LORA", "IA3"):
+        found.append(f"peft_type is {config['peft_type']!r}; only 'LORA' and 'IA3' can be read")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGE_THE_BASE):
         found.append(
@@ -295,6 +300,19 @@ def _targets(
             )
     split = {key: parts[key].split(sizes) if key in by_rows else [parts[key]] * len(layers) for key in parts}
     return [(layer, {key: split[key][i] for key in parts}) for i, layer in enumerate(layers)]
+
+
+def _require_same_base(layer: LayerInfo, frozen: Tensor | None) -> None:
+    """Raise `ValueError` where the file holds a table of the base that is not the model's, such as a longer one."""
+    if frozen is None:
+        return
+    held = layer.weight()
+    held = held.mT if layer.kind == "lookup" else held
+    if held.shape != frozen.shape or not torch.allclose(held.cpu().float(), frozen.float(), atol=1e-2, rtol=1e-2):
+        raise ValueError(
+            f"the file holds a base weight {tuple(frozen.shape)} that is not the model's {tuple(held.shape)}: the "
+            "adapter was trained on changed embeddings; load that base first"
+        )
 
 
 def _delta(layer: LayerInfo, adapter: Adapter, parts: Mapping[str, Tensor]) -> Delta:

@@ -12,6 +12,7 @@ _TENSOR = re.compile(
     r"(?P<place>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l)"
     r"(\.(?!weight$)[^.]+)?(?P<weight>\.weight)?"
 )
+FROZEN = "base_layer.weight"
 _PAIRS = {"lora_A": "lora_B", "lora_B": "lora_A"}
 
 
@@ -27,7 +28,7 @@ def kept_whole(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str,
         parts = key.removeprefix(PREFIX).split(".")
         for length in range(1, len(parts)):
             place = ".".join(parts[:length])
-            if any(place == name or place.endswith(f".{name}") for name in names):
+            if place.endswith(tuple(names)):  # peft compares letters, not parts of paths
                 found.setdefault(place, {})[".".join(parts[length:])] = tensor
                 break
     return found
@@ -70,12 +71,16 @@ def tensor_keys(bases: Mapping[str, nn.Module]) -> dict[str, str]:
 def layer_tensors(
     tensors: Mapping[str, Tensor], stacks: Mapping[str, str], problems: list[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """The parts of each adapted layer by its path and then by peft's names; adds what is none of them to `problems`."""
+    """The parts of each adapted layer by its path and then by peft's names; adds what is none of them to `problems`.
+
+    Where embeddings are adapted peft saves their frozen tables, and the unembedding's, as well: "base_layer.weight".
+    """
     parts: dict[str, dict[str, Tensor]] = {}
-    embeddings = {key.rpartition(".lora_embedding_")[0] for key in tensors if ".lora_embedding_" in key}
     for key, tensor in tensors.items():
-        if key.removesuffix(".base_layer.weight") in embeddings or key.removesuffix(".weight") in embeddings:
-            continue  # peft saves the frozen table beside its adapter
+        frozen = key.removesuffix(f".{FROZEN}")
+        if frozen != key and (f"{frozen}.lora_B.weight" in tensors or f"{frozen}.lora_embedding_B" in tensors):
+            parts.setdefault(frozen.removeprefix(PREFIX), {})[FROZEN] = tensor
+            continue
         match = _TENSOR.fullmatch(key)
         part = match["part"] if match else ""
         dims = 1 if part == "lora_magnitude_vector" else 2

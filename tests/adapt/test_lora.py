@@ -154,7 +154,7 @@ def test_published_parameter_counts():
 
 def test_wrong_use_is_refused_and_changes_nothing(tmp_path):
     model = network()
-    with pytest.raises(ValueError, match="2: PiSSA.rank 9 exceeds the 8 singular values"):
+    with pytest.raises(ValueError, match=r"2: PiSSA\.rank 9 exceeds the 8 singular values"):
         adapt.apply(model, adapt.PiSSA(rank=9), targets="2")
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="no adapters"):
