@@ -13,7 +13,8 @@ from paperworks.adapt.apply import (
     trained_whole,
     use,
 )
-from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
+from paperworks.adapt.delta import AdaptedLinear
 from paperworks.adapt.dora import DoRA
 from paperworks.adapt.files import load, save
 from paperworks.adapt.ia3 import IA3

@@ -8,7 +8,8 @@ from itertools import chain, pairwise
 import torch
 from torch import nn
 
-from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta, check_name
+from paperworks.adapt.contract import Adapter, Delta
+from paperworks.adapt.delta import AdaptedLinear, check_name
 from paperworks.adapt.layer_info import LayerInfo
 from paperworks.adapt.stacked import AdaptedStack, StackedParameter, stack_info, stacked_parameters
 from paperworks.adapt.whole import TrainedWhole

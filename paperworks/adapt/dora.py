@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.adapt.delta import Delta
+from paperworks.adapt.contract import Delta
 from paperworks.adapt.layer_info import LayerInfo
 from paperworks.adapt.lora import LoRA, LowRankDelta
 

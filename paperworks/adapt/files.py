@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.adapt.apply import adapted, attach, find, names, require_adapted, trained_whole
-from paperworks.adapt.delta import Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
 from paperworks.core import atomic
 from paperworks.core.errors import CorruptFile, unknown
 

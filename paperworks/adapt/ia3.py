@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.adapt.delta import Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
 from paperworks.adapt.layer_info import LayerInfo
 from paperworks.core.selection import matching
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.adapt.delta import Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
 from paperworks.adapt.layer_info import LayerInfo
 from paperworks.kernels.hadamard import transform
 

@@ -64,7 +64,7 @@ def fold(model: nn.Module, *, lossy: bool = False, untie: Targets = ()) -> None:
         )
     for path, layer in layers.items():
         if path in apart:
-            layer.base.weight = nn.Parameter(layer.base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
+            layer.base.weight = nn.Parameter(layer.base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
         change = layer.bias_change()
         if trials[path].stored:
             for name, tensor in trials[path].stored.items():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from paperworks.adapt.apply import adapted, require_adapted
-from paperworks.adapt.delta import Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
 from paperworks.adapt.layer_info import LayerInfo
 from paperworks.adapt.merging import fold
 

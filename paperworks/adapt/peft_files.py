@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.adapt.apply import adapted, attach, find, trained_whole
-from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
+from paperworks.adapt.delta import AdaptedLinear
 from paperworks.adapt.dora import DoRA
 from paperworks.adapt.files import fill_whole, fit_whole, read_tensors, the_only
 from paperworks.adapt.ia3 import IA3
@@ -74,8 +75,11 @@ def load_peft(model: nn.Module, folder: str | Path, name: str = "default", *, re
     for place, parts in layer_tensors(tensors, stacks, problems).items():
         frozen = parts.pop(FROZEN, None)
         try:
-            for layer, rows in _targets(model, place, rename, parts):
+            layers = _targets(model, place, rename, parts)
+            for layer, rows in layers:
                 _require_same_base(layer, frozen)
+                if len(layers) > 1 and config.get("init_lora_weights") == "pissa":
+                    raise ValueError("PiSSA of a fused layer cannot be split: each part has other singular values")
                 adapters[layer.path] = adapter = _adapter(config, place, layer, rows)
                 deltas[layer.path] = _delta(layer, adapter, rows)
         except ValueError as error:
@@ -318,8 +322,6 @@ def _require_same_base(layer: LayerInfo, frozen: Tensor | None) -> None:
 def _delta(layer: LayerInfo, adapter: Adapter, parts: Mapping[str, Tensor]) -> Delta:
     adapter.require_kind(layer)
     if isinstance(adapter, PiSSA):  # what was taken out of the base is found again from the base, as in peft
-        if layer.out_features != len(parts.get("lora_B.weight", ())):
-            raise ValueError("PiSSA of a fused layer cannot be split")
         delta = adapter.build(layer)
     else:
         with torch.device("meta"):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
+from paperworks.adapt.delta import AdaptedLinear
 from paperworks.adapt.layer_info import LayerInfo
 from paperworks.core.linear import linear_kind, stacked_weight
 

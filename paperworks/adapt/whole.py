@@ -77,11 +77,11 @@ class TrainedWhole(nn.Module):
         out: Tensor = self.base(*args, **kwargs)
         if out.shape[0] != len(rows):
             raise ValueError(f"adapt.per_row names adapters for {len(rows)} rows, but the output is {tuple(out.shape)}")
-        for name in dict.fromkeys(row for row in rows if row in self.copies):
+        for name in dict.fromkeys(row for row in rows if row is not None and row in self.copies):
             index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=out.device)
             some = [value[index] if _has_rows(value, rows) else value for value in args]
             named = {key: value[index] if _has_rows(value, rows) else value for key, value in kwargs.items()}
-            out = out.index_copy(0, index, self.copies[str(name)](*some, **named))
+            out = out.index_copy(0, index, self.copies[name](*some, **named))
         return out
 
     def __getattr__(self, name: str) -> Any:

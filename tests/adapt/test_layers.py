@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from paperworks import adapt, compress
 from paperworks.adapt.stacked import AdaptedStack
-from paperworks.core.coverage import CoverageWarning
 from paperworks.checkpoints import from_transformers
+from paperworks.core.coverage import CoverageWarning
 from tests.parity.families import oracle
 
 TOKENS = torch.randint(1, 97, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_embedding_and_unembedding_adapters_and_whole_modules_equal_pefts(tmp_pa
     ours = adapt.load_peft(oracle("llama2"), tmp_path / "theirs").eval()
     wanted = logits(peft)
     assert close(logits(ours), wanted)
-    assert list(adapt.trained_whole(ours)) == ["model.norm"]
+    assert len(adapt.trained_whole(ours)) == 7  # peft compares the ends of names: "input_layernorm" is a "norm" too
     assert type(adapt.adapted(ours)["model.embed_tokens"].delta).__name__ == "EmbeddingDelta"
     adapt.save_peft(ours, tmp_path / "ours")
     assert close(logits(PeftModel.from_pretrained(oracle("llama2"), tmp_path / "ours").eval()), wanted)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paperworks import adapt, train
-from paperworks.adapt.delta import Adapter
+from paperworks.adapt.contract import Adapter
 from paperworks.adapt.mora import SquareDelta
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
@@ -265,7 +265,9 @@ def parameters_and_rank(lab: Lab) -> Verdict:
 
 
 def _random_square(kind: Any, shape: tuple[int, int], seed: int, rank: int = 4) -> SquareDelta:
-    delta = adapt.MoRA(rank=rank, kind=kind).build(adapt.LayerInfo(in_features=shape[0], out_features=shape[1])).double()
+    delta = (
+        adapt.MoRA(rank=rank, kind=kind).build(adapt.LayerInfo(in_features=shape[0], out_features=shape[1])).double()
+    )
     assert isinstance(delta, SquareDelta)
     with torch.no_grad():
         delta.square.normal_(generator=torch.Generator().manual_seed(seed))
