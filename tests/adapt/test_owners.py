@@ -150,7 +150,7 @@ def test_a_compressed_layer_reads_as_the_layer_it_stands_for():
     assert (layer.weight.shape, layer.weight.dtype, layer.dtype) == ((4, 64), torch.bfloat16, torch.bfloat16)
     assert torch.equal(layer.weight.clone(), layer.decoded_weight())
     assert layer.device == base.weight.device
-    assert not any("weight" == key for key in layer.state_dict())
+    assert not any(key == "weight" for key in layer.state_dict())
 
 
 def test_conv1d_keeps_its_own_layout():
