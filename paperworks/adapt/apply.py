@@ -212,7 +212,8 @@ def _require_apart(
     for path in deltas:
         owner = path.rpartition(".")[0]
         parent = model.get_submodule(owner) if owner else model
-        if isinstance(parent, nn.MultiheadAttention) and getattr(adapters[path], "dropout", 0):
+        drops = bool(getattr(adapters[path], "dropout", False))
+        if drops and isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
                 f"{path}: torch's MultiheadAttention reads this layer's weight and never calls it, so that dropout of "
                 "the adapter's inputs would not act; use dropout=0 on it, or other targets"

@@ -215,7 +215,7 @@ class AdaptedLinear(nn.Module):
             raise ValueError("adapt.per_row needs layers that are called; the owner of this one reads its weight")
         weight, form = self.decoded_weight(), form_of(self.base)
         if form is not None and form.kind == "patches":
-            return weight.view(self.base.weight.shape)  # type: ignore[operator, arg-type]
+            return weight.view(self.base.weight.shape)  # type: ignore[arg-type]
         return weight.mT if form is not None and form.transposed else weight
 
     @property
@@ -227,12 +227,12 @@ class AdaptedLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the base's weight."""
-        return self.base.weight.dtype  # type: ignore[return-value, union-attr]
+        return self.base.weight.dtype  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
         """Of the base's weight."""
-        return self.base.weight.device  # type: ignore[return-value, union-attr]
+        return self.base.weight.device  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -252,8 +252,8 @@ class AdaptedLinear(nn.Module):
         held = _tensors(self.base)
         if self._untouched is None and not self._removing:
             self._untouched = {key: _on_host(tensor) for key, tensor in held.items()}
-        if not hasattr(self.base, "encode_weight"):  # a fresh parameter: the old one is what is remembered
-            self.base.weight = nn.Parameter(self.base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
+        if isinstance(held.get("weight"), nn.Parameter):  # a fresh one: the old one is what is remembered
+            self.base.weight = nn.Parameter(held["weight"].detach().clone(), requires_grad=False)
         write_weight(self.base, weight_of(self.base) - part.to(weight_of(self.base)))
         self._removing = (*self._removing, name)
 

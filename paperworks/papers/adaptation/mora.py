@@ -232,9 +232,10 @@ def parameters_and_rank(lab: Lab) -> Verdict:
     """Count parameters, compute ranks of random updates, and compare with the layer before and after."""
     kinds = ("sharing", "grouped", "grouped-tiled", "tiled-grouped")
     shapes = lab.pick(smoke=[(96, 64)], small=[(256, 256), (256, 128), (128, 256)])
+    square = adapt.LayerInfo(in_features=4096, out_features=4096)
     with torch.device("meta"):
         sizes = [
-            sum(p.numel() for p in adapter.build(4096, 4096).parameters())
+            sum(p.numel() for p in adapter.build(square).parameters())
             for adapter in (adapt.MoRA(rank=8, kind="sharing"), adapt.LoRA(rank=8))
         ]
     off, ranks = 0.0, []
