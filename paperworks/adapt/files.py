@@ -12,25 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paperworks.adapt.apply import attach, names, some
-from paperworks.adapt.delta import AdaptedLinear, Adapter, Delta
+from paperworks.adapt.apply import adapted, attach, find, names, require_adapted, trained_whole
+from paperworks.adapt.contract import Adapter, Delta
 from paperworks.core import atomic
 from paperworks.core.errors import CorruptFile, unknown
-from paperworks.core.linear import features, is_linear_like
 
-VERSION = 2
+VERSION = 3
+_READ = (2, 3)  # 2 has no modules trained whole
 _KEY = "paperworks.adapter"
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None) -> None:
     """Write one adapter, and nothing of the base, to a safetensors file; it appears whole or not at all.
 
-    `name` may be left out where the model has only one.
+    Modules trained whole with it (`modules_to_save`) are in the file. `name` may be left out where there is
+    only one.
     """
     from safetensors.torch import save_file
 
     name = the_only(model, name)
-    layers = {place: layer for place, layer in some(model).items() if name in layer.deltas}
+    layers = {place: layer for place, layer in adapted(model).items() if name in layer.deltas}
     groups: dict[int, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
@@ -45,7 +46,10 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> None:
             else:
                 first[same] = f"{place}.{key}"
                 tensors[f"{place}.{key}"] = value.detach().cpu().contiguous()
-    header = {"version": VERSION, "groups": list(groups.values()), "shared": shared}
+    whole = {place: module.copies[name] for place, module in trained_whole(model).items() if name in module.copies}
+    for place, copied in whole.items():
+        tensors |= {f"{place}.{key}": value.detach().cpu().contiguous() for key, value in copied.state_dict().items()}
+    header = {"version": VERSION, "groups": list(groups.values()), "shared": shared, "whole": list(whole)}
     with atomic.writing_file(path) as out:
         save_file(tensors, out, metadata={_KEY: json.dumps(header)})
 
@@ -60,17 +64,49 @@ def load(model: nn.Module, path: str | Path, name: str = "default") -> nn.Module
             them listed; the model is unchanged.
     """
     tensors, header = _read(Path(path))
-    deltas, adapters, problems = _fit(model, header, tensors)
+    whole: dict[str, nn.Module] = {}
+    kept = {}
+    problems: list[str] = []
+    for place in header.get("whole", []):
+        inside = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{place}.")}
+        kept[place] = {key.removeprefix(f"{place}."): tensor for key, tensor in inside.items()}
+        problems += fit_whole(model, place, kept[place], whole)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in inside}
+    deltas, adapters, more = _fit(model, header, tensors)
+    problems += more
     if problems:
         raise ValueError(f"the adapter in {path} was made for another model:\n  " + "\n  ".join(problems[:20]))
     _fill(deltas, tensors, header["shared"])
-    attach(model, deltas, adapters, name)
+    attach(model, deltas, adapters, name, whole=whole)
+    fill_whole(model, kept, name)
     return model
+
+
+def fit_whole(model: nn.Module, place: str, held: Mapping[str, Tensor], found: dict[str, nn.Module]) -> list[str]:
+    """Note the module that stored tensors are a trained copy of in `found`, or say what does not fit."""
+    try:
+        module = model.get_submodule(place)
+    except AttributeError:
+        return [f"{place}: the model has no such module"]
+    state = getattr(module, "base", module).state_dict()
+    found[place] = module
+    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in held.items()}:
+        stored = ", ".join(f"{key} {tuple(value.shape)}" for key, value in held.items()) or "nothing"
+        needed = ", ".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
+        return [f"{place}: trained whole, stored as {stored}, the model needs {needed}"]
+    return []
+
+
+def fill_whole(model: nn.Module, held: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
+    """Load stored tensors into the copies of modules trained whole."""
+    for place, module in trained_whole(model).items():
+        if place in held:
+            module.copies[name].load_state_dict(held[place])
 
 
 def the_only(model: nn.Module, name: str | None) -> str:
     """Return `name`, or that of the only adapter. Raises `ValueError` when there are several, or not that one."""
-    some(model)
+    require_adapted(model)
     known = names(model)
     if name is None and len(known) > 1:
         raise ValueError(f"the model has several adapters ({', '.join(known)}); say which with name=")
@@ -102,8 +138,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read as an adapter: {error}; copy or save it again") from error
     version = header.get("version") if isinstance(header, dict) else None
-    if version != VERSION:
-        raise CorruptFile(f"{path} has an adapter description of version {version!r}; this release reads {VERSION}")
+    if version not in _READ:
+        readable = " and ".join(map(str, _READ))
+        raise CorruptFile(f"{path} has an adapter description of version {version!r}; this release reads {readable}")
     problems = _contradictions(header, tensors)
     if problems:
         raise CorruptFile(f"{path} contradicts itself:\n  " + "\n  ".join(problems[:20]))
@@ -112,8 +149,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _contradictions(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     groups, shared = header.get("groups"), header.get("shared")
-    if not isinstance(groups, list) or not groups or not isinstance(shared, dict):
+    whole = header.get("whole", [])
+    if not isinstance(groups, list) or not (groups or whole) or not isinstance(shared, dict):
         return ["its description needs a list of groups and a table of shared tensors"]
+    if not isinstance(whole, list) or not all(isinstance(place, str) and place for place in whole):
+        return ["its description needs a list of the modules that are trained whole"]
     problems, seen = [], set()
     for number, group in enumerate(groups):
         layers = group.get("layers") if isinstance(group, dict) else None
@@ -137,24 +177,19 @@ def _fit(
     model: nn.Module, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Delta], dict[str, Adapter], list[str]]:
     """Build the described deltas without memory, and list what of model and file does not fit them."""
-    modules = dict(model.named_modules())
     deltas: dict[str, Delta] = {}
     adapters: dict[str, Adapter] = {}
     problems: list[str] = []
     for group in header["groups"]:
-        shapes = {}
-        for place in group["layers"]:
-            module = modules.get(place)
-            if module is None or not (is_linear_like(module) or isinstance(module, AdaptedLinear)):
-                problems.append(f"{place}: the model has no such linear layer")
-            else:
-                shapes[place] = features(module)
-        if len(shapes) < len(group["layers"]):
+        layers = {place: find(model, place) for place in group["layers"]}
+        missing = [f"{place}: the model has no such linear layer" for place, layer in layers.items() if layer is None]
+        if missing:
+            problems += missing
             continue
         try:
             adapter = Adapter.from_dict(group["adapter"])
             with torch.device("meta"):  # a hostile description of a huge adapter costs nothing
-                built = adapter.build_all(shapes)
+                built = adapter.build_all({place: layer.described() for place, layer in layers.items() if layer})
         except (ValueError, OverflowError, RuntimeError) as error:
             problems.append(str(error))
             continue

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paperworks.adapt.delta import Adapter, Delta
+from paperworks.adapt.contract import Adapter, Delta
+from paperworks.adapt.layer_info import LayerInfo
 from paperworks.kernels.hadamard import transform
 
 
@@ -35,18 +36,20 @@ class DID(Adapter):
         if self.dimension < 1:
             raise ValueError(f"{type(self).__name__}.dimension must be at least 1, got {self.dimension}")
 
-    def build(self, in_features: int, out_features: int) -> Delta:
-        """Return a delta for a layer that shares its vector with no other."""
-        return self.build_all({"the layer": (in_features, out_features)})["the layer"]
+    def build(self, layer: LayerInfo) -> Delta:
+        """A delta for a layer that shares its vector with no other."""
+        return self.build_all({layer.path: layer})[layer.path]
 
-    def build_all(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Delta]:
-        """Return deltas that share one vector. Raises `ValueError` if the dimension is too small for them."""
+    def build_all(self, layers: Mapping[str, LayerInfo]) -> dict[str, Delta]:
+        """Deltas that share one vector. Raises `ValueError` if the dimension is too small for them."""
+        for layer in layers.values():
+            self.require_kind(layer)
         theta = nn.Parameter(torch.zeros(self._shared(len(layers))))
         draws = torch.Generator().manual_seed(self.seed)
         seeds = torch.randint(2**62, (len(layers),), generator=draws, device="cpu").tolist()
         return {
-            path: FastfoodDelta(*shape, theta, seed, self._scale())
-            for (path, shape), seed in zip(layers.items(), seeds, strict=True)
+            path: FastfoodDelta(layer, theta, seed, self._scale())
+            for (path, layer), seed in zip(layers.items(), seeds, strict=True)
         }
 
     def _shared(self, layers: int) -> int:
@@ -79,11 +82,10 @@ class FastfoodDelta(Delta):
     seed: Tensor
     scale: nn.Parameter | None
 
-    def __init__(
-        self, in_features: int, out_features: int, theta: nn.Parameter, seed: int, scale: nn.Parameter | None
-    ) -> None:
+    def __init__(self, layer: LayerInfo, theta: nn.Parameter, seed: int, scale: nn.Parameter | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.layer = layer
+        self.in_features, self.out_features = layer.in_features, layer.out_features
         self.theta = theta
         self.register_parameter("scale", scale)
         self.register_buffer("seed", torch.tensor(seed))
@@ -111,8 +113,10 @@ class FastfoodDelta(Delta):
         change = self.projection(self.theta).view(self.out_features, self.in_features)
         return change if self.scale is None else self.scale * change
 
-    def forward(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
-        """Return x times the change of the weight."""
+    def change(
+        self, x: Float[Tensor, "... in_features"], base_output: Float[Tensor, "... out_features"]
+    ) -> Float[Tensor, "... out_features"]:
+        """x times the change of the weight."""
         return F.linear(x.to(self.theta.dtype), self.weight().to(x.device))
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from paperworks.adapt.apply import some
-from paperworks.adapt.delta import Adapter, Delta
+from paperworks.adapt.apply import adapted, require_adapted
+from paperworks.adapt.contract import Adapter, Delta
+from paperworks.adapt.layer_info import LayerInfo
 from paperworks.adapt.merging import fold
 
 Kind = Literal["sharing", "grouped", "grouped-tiled", "tiled-grouped", "decoupling", "rotation", "truncation"]
@@ -49,15 +50,16 @@ class MoRA(Adapter):
         side = int(math.sqrt((in_features + out_features) * self.rank) + 0.5)
         return side // 2 * 2 if self.kind == "rotation" else side
 
-    def build(self, in_features: int, out_features: int) -> Delta:
-        """Return a delta for one layer. Raises `ValueError` if M would be larger than the layer's own weight."""
+    def build(self, layer: LayerInfo) -> Delta:
+        """A delta for one layer. Raises `ValueError` if M would be larger than the layer's own weight."""
+        in_features, out_features = layer.in_features, layer.out_features
         side = self.side(in_features, out_features)
         if side > min(in_features, out_features):
             raise ValueError(
                 f"MoRA.rank {self.rank} needs a {side} x {side} matrix on a {out_features} x {in_features} layer; "
                 "choose a smaller rank or other targets"
             )
-        return SquareDelta(in_features, out_features, side, self.kind)
+        return SquareDelta(layer, side, self.kind)
 
 
 class SquareDelta(Delta):
@@ -65,9 +67,10 @@ class SquareDelta(Delta):
 
     phase: Tensor
 
-    def __init__(self, in_features: int, out_features: int, side: int, kind: Kind) -> None:
+    def __init__(self, layer: LayerInfo, side: int, kind: Kind) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        self.layer = layer
+        self.in_features, self.out_features, self.kind = layer.in_features, layer.out_features, kind
         self.square = nn.Parameter(torch.zeros(side, side))
         self.register_buffer("phase", torch.tensor(0))
 
@@ -75,9 +78,13 @@ class SquareDelta(Delta):
         """Describe the delta in `print(model)`."""
         return f"{self.kind}, side={len(self.square)}"
 
-    def forward(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
-        """Return the change of the output, computed in the adapter's own dtype."""
-        x = x.to(self.square.dtype)
+    def change(
+        self, x: Float[Tensor, "... in_features"], base_output: Float[Tensor, "... out_features"]
+    ) -> Float[Tensor, "... out_features"]:
+        """The change of the output, computed in the adapter's own dtype."""
+        return self._mapped(x.to(self.square.dtype))
+
+    def _mapped(self, x: Float[Tensor, "... in_features"]) -> Float[Tensor, "... out_features"]:
         phase = int(self.phase)
         if phase:
             x = x.index_select(-1, _order(self.in_features, phase).to(x.device))
@@ -100,7 +107,7 @@ class SquareDelta(Delta):
     def weight(self) -> Float[Tensor, "out_features in_features"]:
         """Return what the delta, which is linear, makes of the unit vectors."""
         unit = torch.eye(self.in_features, dtype=self.square.dtype, device=self.square.device)
-        return self(unit).t()
+        return self._mapped(unit).t()
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -120,7 +127,8 @@ def remora(model: nn.Module, optimizer: Optimizer | None = None, *, lossy: bool 
     Raises:
         ValueError: when another adapter is in use, or as `merge` does; nothing has been changed.
     """
-    used = [(path, layer.deltas[name]) for path, layer in some(model).items() for name in layer.in_use]
+    require_adapted(model)
+    used = [(path, layer.deltas[name]) for path, layer in adapted(model).items() for name in layer.in_use]
     for path, delta in used:
         if not isinstance(delta, SquareDelta):
             raise ValueError(f"{path} uses a {type(delta).__name__}; only MoRA can be restarted with another mapping")

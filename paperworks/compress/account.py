@@ -8,6 +8,7 @@ from torch import nn
 
 from paperworks.compress.error import LayerError
 from paperworks.compress.linear import CompressedLinear
+from paperworks.core.coverage import Coverage, coverage_of
 from paperworks.core.linear import is_linear_like, weight_of
 
 
@@ -103,6 +104,11 @@ def report(
         before=score(original) if score is not None and original is not None else None,
         after=score(model) if score is not None else None,
     )
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """The share of the model's weights that is stored in formats, and what is left out."""
+    return coverage_of(model, [path for path, module in model.named_modules() if isinstance(module, CompressedLinear)])
 
 
 @torch.no_grad()

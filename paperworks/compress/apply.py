@@ -7,14 +7,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from paperworks.compress.account import coverage
 from paperworks.compress.calibration.calibration import Batch, Calibration, stages
 from paperworks.compress.calibration.resume import Progress
 from paperworks.compress.calibration.statistics import Statistics
 from paperworks.compress.error import LayerError
 from paperworks.compress.format import WeightFormat
 from paperworks.compress.linear import CompressedLinear
+from paperworks.core.coverage import warn_of_gaps
 from paperworks.core.linear import bias_of, weight_of
-from paperworks.core.selection import Targets, replace_module, select_linears
+from paperworks.core.selection import Targets, patterns_of, replace_module, require_model, select_linears
 
 Watcher = Callable[[str, int, int], None]
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 @torch.no_grad()
 def apply(
     model: Model,
-    format: WeightFormat,
+    format: WeightFormat | str,
     targets: Targets = "all-linear",
     *,
     calibration: Calibration | Sequence[Batch] | None = None,
@@ -36,7 +38,8 @@ def apply(
 
     Args:
         model: any module, ours or another library's.
-        format: such as `NF4(block=64, double_quantization=True)` or `GPTQ(bits=4, group=128)`.
+        format: such as `NF4(block=64, double_quantization=True)` or `GPTQ(bits=4, group=128)`, or a name of
+            `compress.names()`.
         targets: see `nn.select`.
         calibration: batches (tensors of token ids, or whatever the model is called with) for formats that learn from
             data; with formats that do not, they serve to measure each layer's output error. See `Calibration`.
@@ -49,6 +52,8 @@ def apply(
             hold a layer, or learns from data and there is none. Names the layer.
         MemoryError: when calibration does not fit; says how to lower the need.
     """
+    require_model(model)
+    format = _a_format(format)
     chosen = _untouched(select_linears(model, targets))
     if calibration is None and format.needs:
         format.learned(None)
@@ -98,7 +103,23 @@ def apply(
         raise
     if kept is not None:
         kept.clear()
+    if "all-linear" in patterns_of(targets):
+        warn_of_gaps(coverage(model), "all-linear", "these stay as they are")
     return model
+
+
+def _a_format(format: object) -> WeightFormat:
+    if isinstance(format, str):
+        from paperworks.compress.named import named
+
+        return named(format)
+    if isinstance(format, type) and issubclass(format, WeightFormat):
+        raise ValueError(f"pass a weight format, not the class: compress.{format.__name__}() or with settings of yours")
+    if not isinstance(format, WeightFormat):
+        raise ValueError(
+            f"the second argument is the format, such as compress.NF4(), then the targets; got {format!r:.80}"
+        )
+    return format
 
 
 def _untouched(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:

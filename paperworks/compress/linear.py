@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from paperworks.compress.calibration.statistics import Statistics
 from paperworks.compress.error import LayerError
 from paperworks.compress.format import Stored, WeightFormat
+from paperworks.core.linear import LazyWeight
 
 
 class CompressedLinear(nn.Module):
@@ -68,6 +69,25 @@ class CompressedLinear(nn.Module):
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.out_features, self.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer decodes to: the dtype it had before it was compressed."""
+        return self.compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored tensors are."""
+        return next(iter(self.stored.values())).device
+
+    @property
+    def weight(self) -> LazyWeight:
+        """The dense weight, for owners that read it: decoded when something is computed with it, and not kept."""
+        trained = any(tensor.requires_grad for tensor in self.stored.values())
+        return LazyWeight.of(self.shape, self.dtype, self.device, self._dense, trained)
+
+    def _dense(self) -> Tensor:
+        return self.format.decode_as(self.stored, self.shape, self.compute_dtype)
 
     @torch.no_grad()
     def decoded_weight(self) -> Float[Tensor, "out_features in_features"]:

@@ -61,7 +61,7 @@ def select(
     accept: Callable[[nn.Module], bool] = lambda module: True,
     what: str = "module",
 ) -> dict[str, nn.Module]:
-    """Return the modules of `model` that `targets` names, by path, in the model's order.
+    """The modules of `model` that `targets` names, by path, in the model's order.
 
     Args:
         model: any module, ours or another library's.
@@ -71,16 +71,17 @@ def select(
         what: what `accept` looks for, in the words of the error message.
 
     Raises:
-        ValueError: when a pattern matches nothing acceptable, with the nearest paths.
+        ValueError: when a pattern matches nothing acceptable, with the nearest paths; when `targets` is no pattern.
     """
+    require_model(model)
+    targets = patterns_of(targets)
     candidates = {path: module for path, module in model.named_modules() if path and accept(module)}
     chosen: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else list(targets):
+    for target in targets:
         if target in NAMED_SETS:
             found = [path for path, module in candidates.items() if _in_named_set(path, module, target)]
         else:
-            matches = _matcher(target).match
-            found = [path for path in candidates if matches(path)]
+            found = matching(target, candidates)
         if not found:
             raise ValueError(_nothing(target, candidates, model, what))
         chosen.update(found)
@@ -89,8 +90,36 @@ def select(
     return {path: module for path, module in candidates.items() if path in chosen}
 
 
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """Those of the paths that match a glob pattern with braces, in their order."""
+    matches = _matcher(pattern).match
+    return [path for path in paths if matches(path)]
+
+
+def patterns_of(targets: Targets) -> list[str]:
+    """`targets` as a list. Raises `ValueError` for what is neither a pattern nor a list of them."""
+    if isinstance(targets, str):
+        return [targets]
+    if isinstance(targets, Sequence) and all(isinstance(target, str) for target in targets):
+        return list(targets)
+    raise ValueError(
+        f"targets must be a pattern, one of {', '.join(NAMED_SETS)}, or a list of those; got {_short(targets)}"
+    )
+
+
+def require_model(model: object) -> None:
+    """Raise `ValueError` unless `model` is a torch module: the arguments may stand in another order."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model comes first: expected a torch.nn.Module, got {_short(model)}")
+
+
+def _short(value: object) -> str:
+    text = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def select_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
-    """Return the linear-like modules that `targets` names, by path. See `select`."""
+    """The linear-like modules that `targets` names, by path. See `select`."""
     return select(model, targets, is_linear_like, "linear layer")
 
 
@@ -110,12 +139,24 @@ def _in_named_set(path: str, module: nn.Module, name: str) -> bool:
 
 def _nothing(target: str, candidates: Iterable[str], model: nn.Module, what: str) -> str:
     paths = list(candidates)
-    generic = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths))
+    generic = [path for path, _ in grouped(paths)]
     close = nearest(target, generic) or generic[:5]
     matching = [path for path, _ in model.named_modules() if path and _matcher(target).match(path)]
     aside = f" It matches {matching[0]!r} and {len(matching) - 1} more, but none is a {what}." if matching else ""
     misses = ", ".join(close) or "none"
-    return f"target {target!r} matches no {what} of {type(model).__name__}.{aside} Near misses: {misses}"
+    return (
+        f"target {target!r} matches no {what} of {type(model).__name__}.{aside} Near misses: {misses}. "
+        f"Named sets: {', '.join(NAMED_SETS)}"
+    )
+
+
+def grouped(paths: Iterable[str]) -> list[tuple[str, int]]:
+    """The paths with their numbers replaced by `*`, each once, and how many it stands for."""
+    counts: dict[str, int] = {}
+    for path in paths:
+        generic = re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", path)
+        counts[generic] = counts.get(generic, 0) + 1
+    return list(counts.items())
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

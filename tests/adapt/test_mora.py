@@ -10,8 +10,12 @@ KINDS = ("sharing", "grouped", "grouped-tiled", "tiled-grouped", "decoupling", "
 SHAPES = [(24, 24), (40, 24), (24, 40), (37, 29), (64, 16), (16, 64)]
 
 
+def layer(inputs, outputs):
+    return adapt.LayerInfo(in_features=inputs, out_features=outputs)
+
+
 def square(inputs, outputs, kind, rank=2):
-    delta = adapt.MoRA(rank=rank, kind=kind).build(inputs, outputs).double()
+    delta = adapt.MoRA(rank=rank, kind=kind).build(layer(inputs, outputs)).double()
     nn.init.normal_(delta.square)
     return delta
 
@@ -61,7 +65,7 @@ def naive(delta, x):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_kind_equals_its_equations(kind, shape):
     delta, x = square(*shape, kind, rank=1), torch.randn(2, 3, shape[0], dtype=torch.float64)
-    out = delta(x)
+    out = delta(x, torch.zeros(2, 3, shape[1], dtype=torch.float64))
     assert out.shape == (2, 3, shape[1])
     expected = torch.stack([naive(delta, row) for row in x.flatten(0, 1)]).view_as(out)
     assert (out - expected).abs().max() < 1e-12
@@ -74,7 +78,7 @@ def test_it_has_as_many_parameters_as_lora():
     assert adapter.side(4096, 4096) == 256
     with torch.device("meta"):
         counts = [
-            sum(parameter.numel() for parameter in made.build(4096, 4096).parameters())
+            sum(parameter.numel() for parameter in made.build(layer(4096, 4096)).parameters())
             for made in (adapter, adapt.LoRA(rank=8))
         ]
     assert counts == [65_536, 65_536]
@@ -163,4 +167,4 @@ def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match=r"MoRA\.kind must be one of"):
         adapt.MoRA(kind="other")
     with pytest.raises(ValueError, match="rank 30 needs a 38 x 38 matrix on a 24 x 24 layer"):
-        adapt.MoRA(rank=30).build(24, 24)
+        adapt.MoRA(rank=30).build(layer(24, 24))

@@ -62,9 +62,9 @@ def test_paths_are_renamed_both_ways_and_fused_layers_split(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"use_dora": True}, "use_dora is True; only False can be read"),
+        ({"use_dora": True}, "the layer needs lora_A.weight .*, lora_magnitude_vector"),
         ({"bias": "all"}, "bias is 'all'; only 'none' can be read"),
-        ({"modules_to_save": ["score"]}, r"modules_to_save is \['score'\]"),
+        ({"modules_to_save": ["score"]}, r"modules_to_save is \['score'\], and the file holds none of them"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base as well"),
         ({"r": 4}, r"0: the configuration says rank 4, the matrices have 2\n  2: the"),
@@ -115,7 +115,7 @@ def test_what_peft_cannot_say_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="holds one dropout for all layers"):
         adapt.save_peft(model, tmp_path / "a")
     square = adapt.apply(network(), adapt.MoRA(rank=1), "*")
-    with pytest.raises(ValueError, match="0 carries a MoRA; peft's layout is written for LoRA only"):
+    with pytest.raises(ValueError, match="0 carries a MoRA; peft's layout has no place for a SquareDelta"):
         adapt.save_peft(square, tmp_path / "a")
     with pytest.raises(ValueError, match="rename gives 'same' for 2"):
         adapt.save_peft(saved(tmp_path / "b"), tmp_path / "a", rename=lambda path: "same")

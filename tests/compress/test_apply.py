@@ -1,6 +1,7 @@
 """Compressing models: all or nothing, resumable, with an honest account."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import paperworks as pw
 from paperworks import compress
 from paperworks.checkpoints import from_transformers
 from paperworks.compress import files
+from paperworks.compress.account import coverage
+from paperworks.core.coverage import CoverageWarning
 from paperworks.core.errors import CorruptFile
 from tests.parity.families import oracle
 
@@ -71,6 +74,31 @@ def test_a_failure_leaves_the_model_as_it_was():
     with torch.no_grad():
         model.blocks[2].feedforward.down.weight[0, 0] = 0
     assert logits(model).shape == before.shape
+
+
+def test_wrong_arguments_are_named_and_names_are_formats():
+    with pytest.raises(ValueError, match=r"pass a weight format, not the class: compress\.NF4\(\)"):
+        compress.apply(llama(), compress.NF4)
+    with pytest.raises(ValueError, match="the model comes first: expected a torch"):
+        compress.apply(compress.NF4(), llama())
+    with pytest.raises(ValueError, match=r"the second argument is the format.*got 4"):
+        compress.apply(llama(), 4)
+    with pytest.raises(ValueError, match="unknown weight format 'nf5'; did you mean 'nf4'"):
+        compress.apply(llama(), "nf5")
+    named, given = compress.apply(llama(), "int8"), compress.apply(llama(), compress.Int8())
+    assert torch.equal(logits(named), logits(given))
+
+
+def test_all_linear_says_which_matrices_it_leaves_out():
+    model = oracle("mixtral")
+    with pytest.warns(CoverageWarning, match=r"leaves out \d+% in stacked experts \(model"):
+        compress.apply(model, compress.Int8(), "all-linear")
+    found = coverage(model)
+    assert found.weights == sum(p.numel() for p in oracle("mixtral").parameters())
+    assert found.reached == 3 * (2 * 32 * 32 + 2 * 16 * 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoverageWarning)
+        compress.apply(from_transformers(oracle("mixtral")), compress.Int8(), "all-linear")  # ours reach their experts
 
 
 class Stop(BaseException):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from paperworks.core.linear import features, is_linear_like, weight_of, write_weight
-from paperworks.core.selection import braces
+from paperworks.core.selection import braces, grouped
 from paperworks.models import preset
 from paperworks.nn import select, select_linears
 from tests.parity.families import oracle
@@ -53,6 +53,21 @@ def test_nothing_matched_lists_near_misses(llama):
         select_linears(llama, "blocks.*.mixer.qeury")
     with pytest.raises(ValueError, match="none is a linear layer"):
         select_linears(llama, "blocks.*.mixer_norm")
+
+
+def test_misses_name_the_named_sets_and_wrong_targets_are_refused(llama):
+    with pytest.raises(
+        ValueError, match=r"'mlp' matches no linear layer.*Named sets: attention, feedforward, all-linear"
+    ):
+        select_linears(llama, "mlp")
+    with pytest.raises(ValueError, match=r"targets must be a pattern, .* got int 3"):
+        select_linears(llama, 3)
+    with pytest.raises(ValueError, match=r"the model comes first: expected a torch.* got str 'attention'"):
+        select_linears("attention", llama)
+
+
+def test_paths_are_grouped_by_their_numbers():
+    assert grouped(["0.up", "1.up", "blocks.3.down", "norm"]) == [("*.up", 2), ("blocks.*.down", 1), ("norm", 1)]
 
 
 def test_transposed_linears_are_read_and_written_the_right_way_round():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paperworks import adapt, train
-from paperworks.adapt.delta import Adapter
+from paperworks.adapt.contract import Adapter
 from paperworks.adapt.mora import SquareDelta
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
@@ -232,9 +232,10 @@ def parameters_and_rank(lab: Lab) -> Verdict:
     """Count parameters, compute ranks of random updates, and compare with the layer before and after."""
     kinds = ("sharing", "grouped", "grouped-tiled", "tiled-grouped")
     shapes = lab.pick(smoke=[(96, 64)], small=[(256, 256), (256, 128), (128, 256)])
+    square = adapt.LayerInfo(in_features=4096, out_features=4096)
     with torch.device("meta"):
         sizes = [
-            sum(p.numel() for p in adapter.build(4096, 4096).parameters())
+            sum(p.numel() for p in adapter.build(square).parameters())
             for adapter in (adapt.MoRA(rank=8, kind="sharing"), adapt.LoRA(rank=8))
         ]
     off, ranks = 0.0, []
@@ -265,7 +266,9 @@ def parameters_and_rank(lab: Lab) -> Verdict:
 
 
 def _random_square(kind: Any, shape: tuple[int, int], seed: int, rank: int = 4) -> SquareDelta:
-    delta = adapt.MoRA(rank=rank, kind=kind).build(*shape).double()
+    delta = (
+        adapt.MoRA(rank=rank, kind=kind).build(adapt.LayerInfo(in_features=shape[0], out_features=shape[1])).double()
+    )
     assert isinstance(delta, SquareDelta)
     with torch.no_grad():
         delta.square.normal_(generator=torch.Generator().manual_seed(seed))
