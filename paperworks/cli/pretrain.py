@@ -176,7 +176,7 @@ class _Pretraining:
             lr=options.lr,
             schedule=options.schedule,
             warmup=options.warmup,
-            weight_decay=options.weight_decay,
+            optimizer=train.AdamW(weight_decay=options.weight_decay),
             accumulate=options.accumulate,
             precision=options.precision,
             evaluate_every=min(options.evaluate_every, options.steps),

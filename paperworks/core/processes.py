@@ -7,7 +7,8 @@ the same exchanges in the same order, forwards and backwards. One process, and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,6 +18,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _not_compiled(function: Function) -> Function:
+    """Do as `torch.compiler.disable`, at the first call: applied at import, it would import all of the compiler."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return call  # type: ignore[return-value]
 
 
 def count() -> int:
@@ -29,7 +44,7 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-@torch.compiler.disable
+@_not_compiled
 def exchanged(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """Send the first `sent[0]` rows to process 0, the next `sent[1]` to process 1, and return the rows that come.
 
@@ -39,7 +54,7 @@ def exchanged(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     return out
 
 
-@torch.compiler.disable
+@_not_compiled
 def counts_exchanged(counts: Tensor) -> Tensor:
     """Send row i of whole numbers to process i, and return what each sends here, one row a process."""
     received = torch.empty_like(counts)
@@ -103,7 +118,7 @@ def summed(x: Tensor) -> Tensor:
     return _summed(x) if _spread else x
 
 
-@torch.compiler.disable
+@_not_compiled
 def _summed(x: Tensor) -> Tensor:
     total: Tensor = _Sum.apply(x)
     return total
@@ -114,7 +129,7 @@ def gathered(x: Tensor) -> Tensor:
     return _gathered(x) if _spread else x[None]
 
 
-@torch.compiler.disable
+@_not_compiled
 def _gathered(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(count())]
     dist.all_gather(parts, x.detach().contiguous())

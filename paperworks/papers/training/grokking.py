@@ -108,8 +108,7 @@ def _run(
     settings = train.Settings(
         steps=steps,
         lr=1e-3,
-        betas=(0.9, 0.98),
-        weight_decay=weight_decay,
+        optimizer=train.AdamW(betas=(0.9, 0.98), weight_decay=weight_decay),
         warmup=10,
         schedule="constant",
         clip=None,
