@@ -97,6 +97,28 @@ def test_any_optimizer_is_resumed_exactly(tmp_path: Path, make: Any) -> None:
     assert same_bits(weights(one), weights(other))
 
 
+def test_optimizer_state_keeps_the_layout_of_its_weights(tmp_path: Path) -> None:
+    """A kernel may take another path, with another rounding, where strides differ."""
+    strides: list[list[tuple[int, ...]]] = []
+
+    class Strided(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            super().step()
+            strides.append([state["momentum_buffer"].stride() for state in self.state.values()])
+
+    def run(stop: int) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten()).to(memory_format=torch.channels_last)
+        settings = train.Settings(**SETTINGS, optimizer=lambda groups: Strided(groups, momentum=0.9))
+        batches = [torch.ones(2, 3, 3, 3)]
+        loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
+        train.fit(model, loss, batches, settings, run_dir=tmp_path, on_step=stop_after(stop))
+
+    run(6)
+    run(99)
+    assert strides[0][0] == (12, 1, 6, 3)
+    assert all(each == strides[0] for each in strides)
+
+
 def test_optimizer_state_wider_than_the_weights_stays_wide(tmp_path: Path) -> None:
     class Wide(torch.optim.Optimizer):
         """SGD with momentum in float32 for bfloat16 weights."""
