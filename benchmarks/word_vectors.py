@@ -25,7 +25,7 @@ def run() -> Iterator[Row]:
     batches = WordContexts(tokens, places, vocabulary.counts, window=WINDOW, noise=16, rows=32, span=32)
     steps = EPOCHS * len(batches)
     settings = train.Settings(
-        steps=steps, lr=RATE, schedule="linear", warmup=0, min_lr=0, weight_decay=0, clip=None, save_every=None,
+        steps=steps, lr=RATE, schedule="linear", warmup=0, min_lr=0, optimizer=train.SGD(), clip=None, save_every=None,
         log_every=steps, progress=False,
     )  # fmt: skip
     spec = WordVectors(vocab_size=len(vocabulary), dim=DIM, negatives=NEGATIVES, sparse=True)
@@ -37,7 +37,7 @@ def run() -> Iterator[Row]:
         began = time.process_time()
         torch.manual_seed(0)
         model = spec.build()
-        train.fit(model, word_vector_loss, batches, settings, optimizer=lambda groups: torch.optim.SGD(groups, lr=RATE))
+        train.fit(model, word_vector_loss, batches, settings)
         trained["ours"] = model.input.weight.detach()
         busy["ours"].append(time.process_time() - began)
 

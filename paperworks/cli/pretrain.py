@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from paperworks.cli.options import parse
+from paperworks.train.optim.adam import Adam
+from paperworks.train.optim.adamw import AdamW
+from paperworks.train.optim.lion import Lion
+from paperworks.train.optim.rmsprop import RMSprop
+from paperworks.train.optim.sgd import SGD
 
 if TYPE_CHECKING:
     from paperworks.data.text.corpus import Corpus
@@ -56,8 +61,14 @@ class Options:
     """What follows the warm-up."""
     warmup: float = 0.02
     """Steps of warm-up; below 1, a share of all."""
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices."""
+    optimizer: (
+        Annotated[AdamW, tyro.conf.subcommand("adamw", description="Adam with decoupled weight decay.")]
+        | Annotated[Lion, tyro.conf.subcommand("lion", description="Signs of momentum; smaller rates than AdamW.")]
+        | Annotated[Adam, tyro.conf.subcommand("adam", description="Adam; its weight decay is an L2 penalty.")]
+        | Annotated[SGD, tyro.conf.subcommand("sgd", description="Gradient descent, with momentum if wanted.")]
+        | Annotated[RMSprop, tyro.conf.subcommand("rmsprop", description="Gradients divided by their running size.")]
+    ) = field(default_factory=lambda: AdamW(weight_decay=0.1))
+    """Named at the end of the line, followed by its own settings: ... optimizer:lion --optimizer.weight-decay 1.0"""
     accumulate: int = 1
     """Micro-batches a step, of `batch` rows each."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -176,7 +187,7 @@ class _Pretraining:
             lr=options.lr,
             schedule=options.schedule,
             warmup=options.warmup,
-            weight_decay=options.weight_decay,
+            optimizer=options.optimizer,
             accumulate=options.accumulate,
             precision=options.precision,
             evaluate_every=min(options.evaluate_every, options.steps),

@@ -7,6 +7,7 @@ the same exchanges in the same order, forwards and backwards. One process, and n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -17,8 +18,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
-
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _not_compiled(function: Function) -> Function:
+    """Do as `torch.compiler.disable`, at the first call: applied at import, it would import all of the compiler."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return call  # type: ignore[return-value]
 
 
 def count() -> int:
@@ -31,17 +44,7 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
-def outside_graphs(function: Function) -> Function:
-    """Mark a function that `torch.compile` is to leave alone, as `torch.compiler.disable` does.
-
-    That decorator imports the whole compiler, which takes as long as torch itself; the mark it leaves is enough.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "processes exchange tensors here"  # type: ignore[attr-defined]
-    return function
-
-
-@outside_graphs
+@_not_compiled
 def exchanged(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """Send the first `sent[0]` rows to process 0, the next `sent[1]` to process 1, and return the rows that come.
 
@@ -51,7 +54,7 @@ def exchanged(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
     return out
 
 
-@outside_graphs
+@_not_compiled
 def counts_exchanged(counts: Tensor) -> Tensor:
     """Send row i of whole numbers to process i, and return what each sends here, one row a process."""
     received = torch.empty_like(counts)
@@ -115,7 +118,7 @@ def summed(x: Tensor) -> Tensor:
     return _summed(x) if _spread else x
 
 
-@outside_graphs
+@_not_compiled
 def _summed(x: Tensor) -> Tensor:
     total: Tensor = _Sum.apply(x)
     return total
@@ -126,7 +129,7 @@ def gathered(x: Tensor) -> Tensor:
     return _gathered(x) if _spread else x[None]
 
 
-@outside_graphs
+@_not_compiled
 def _gathered(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(count())]
     dist.all_gather(parts, x.detach().contiguous())

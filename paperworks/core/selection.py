@@ -1,4 +1,4 @@
-"""Selection: which modules a transformation works on, by glob patterns with braces or by a named set."""
+"""Selection: which modules or parameters are meant, by glob patterns with braces or by a named set."""
 
 import fnmatch
 import re
@@ -123,6 +123,34 @@ def select_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     return select(model, targets, is_linear_like, "linear layer")
 
 
+def select_parameters(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
+    """Parameters of `model` that `targets` names, by name, in the model's order; a tied one under its first name.
+
+    Args:
+        model: any module, ours or another library's.
+        targets: a glob pattern over parameter names ("*.bias", "blocks.0.*"), one of the named sets, which stands for
+            the parameters of its linear layers, or a list of those.
+
+    Raises:
+        ValueError: when a pattern matches no parameter, with the nearest names.
+    """
+    every = dict(model.named_parameters(remove_duplicate=False))
+    chosen: set[int] = set()
+    for target in [targets] if isinstance(targets, str) else list(targets):
+        if target in NAMED_SETS:
+            found = [p for module in select(model, target).values() for p in module.parameters()]
+        else:
+            matches = _matcher(target).match
+            found = [parameter for name, parameter in every.items() if matches(name)]
+        if not found:
+            misses = ", ".join(_near_misses(target, every)) or "none"
+            raise ValueError(
+                f"pattern {target!r} matches no parameter of {type(model).__name__}. Near misses: {misses}"
+            )
+        chosen.update(map(id, found))
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
 def _in_named_set(path: str, module: nn.Module, name: str) -> bool:
     if not is_linear_like(module):
         return False
@@ -138,9 +166,7 @@ def _in_named_set(path: str, module: nn.Module, name: str) -> bool:
 
 
 def _nothing(target: str, candidates: Iterable[str], model: nn.Module, what: str) -> str:
-    paths = list(candidates)
-    generic = [path for path, _ in grouped(paths)]
-    close = nearest(target, generic) or generic[:5]
+    close = _near_misses(target, candidates)
     matching = [path for path, _ in model.named_modules() if path and _matcher(target).match(path)]
     aside = f" It matches {matching[0]!r} and {len(matching) - 1} more, but none is a {what}." if matching else ""
     misses = ", ".join(close) or "none"
@@ -157,6 +183,11 @@ def grouped(paths: Iterable[str]) -> list[tuple[str, int]]:
         generic = re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", path)
         counts[generic] = counts.get(generic, 0) + 1
     return list(counts.items())
+
+
+def _near_misses(target: str, paths: Iterable[str]) -> list[str]:
+    generic = [path for path, _ in grouped(paths)]
+    return nearest(target, generic) or generic[:5]
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -52,8 +52,7 @@ def further_trained(lab: Lab, model: DecoderModel, steps: int, seed: int, descri
     settings = train.Settings(
         steps=steps,
         lr=LR,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
+        optimizer=train.AdamW(betas=(0.9, 0.95), weight_decay=0.1),
         warmup=0.1,
         seed=seed,
         save_every=None,

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from paperworks import train
 from paperworks.lab import Lab
-from paperworks.train.optim.optimizers import MakeOptimizer
 
 
 def _arc(
@@ -116,7 +115,6 @@ def taught(
     *,
     rows: int,
     on_step: Callable[[int], bool | None] | None = None,
-    optimizer: MakeOptimizer | None = None,
 ) -> nn.Module:
     """Train a classifier on shuffled batches of the digits; the order is that of `settings.seed`."""
     count = len(digits.labels)
@@ -132,7 +130,7 @@ def taught(
         return None if on_step is None else on_step(number)
 
     with lab.threads(1), lab.progress(description, settings.steps) as advance:
-        train.fit(model, digit_loss, epoch, settings, on_step=step, optimizer=optimizer)
+        train.fit(model, digit_loss, epoch, settings, on_step=step)
     return model.eval()
 
 

@@ -76,7 +76,7 @@ def teach(lab: Lab, model: nn.Module, rows: list[Any], lr: float, description: s
     settings = train.Settings(
         steps=len(rows),
         lr=lr,
-        weight_decay=0.0,  # so that a parameter without a gradient stays where it is
+        optimizer=train.AdamW(weight_decay=0.0),  # so that a parameter without a gradient stays where it is
         warmup=0.1,
         schedule="constant",
         seed=lab.seed,

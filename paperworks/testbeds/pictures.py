@@ -92,7 +92,7 @@ def fit(
     settings = train.Settings(
         steps=steps,
         lr=rate,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0) if optimizer is None else lambda groups: optimizer,
         warmup=0,
         schedule=schedule,
         clip=None,
@@ -101,5 +101,4 @@ def fit(
         log_every=steps,
         progress=False,
     )
-    made = None if optimizer is None else lambda groups: optimizer
-    train.fit(model, loss, [images[row] for row in rows], settings, optimizer=made, on_step=on_step)
+    train.fit(model, loss, [images[row] for row in rows], settings, on_step=on_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,8 +46,7 @@ def settings(steps: int, beta1: float = 0.9, clip: float | None = None) -> train
     return train.Settings(
         steps=steps,
         lr=2e-3,
-        betas=(beta1, 0.999),
-        weight_decay=0.0,
+        optimizer=train.AdamW(betas=(beta1, 0.999), weight_decay=0.0),
         schedule=train.WarmupStableDecay(decay=0.2),
         warmup=0,
         min_lr=0.0,
@@ -103,8 +102,7 @@ def trained(
             model,
             training.loss,
             lambda epoch: data.batches(BATCH, steps, seed=lab.seed),
-            settings(steps, beta1, clip),
-            optimizer=training.optimizer,
+            replace(settings(steps, beta1, clip), optimizer=training.optimizer),
             on_step=after_step,
         )
         fresh = data.batches(2048, lab.pick(smoke=1, small=10), seed=lab.seed + 1)

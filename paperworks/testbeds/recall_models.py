@@ -59,7 +59,7 @@ def taught(
         lr=lr,
         schedule="constant",
         warmup=0.05,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         seed=lab.seed,
         save_every=None,
         log_every=steps,

@@ -104,8 +104,7 @@ def fitted(
     settings = train.Settings(
         steps=steps,
         lr=lr,
-        betas=(beta1, 0.999),
-        weight_decay=0.0,
+        optimizer=train.AdamW(betas=(beta1, 0.999), weight_decay=0.0),
         schedule=train.WarmupStableDecay(decay=0.2),
         warmup=0.05,
         min_lr=0.0,

@@ -56,7 +56,7 @@ def taught(
         schedule="linear",
         warmup=0,
         min_lr=0,
-        weight_decay=0,
+        optimizer=train.SGD(),
         clip=None,
         seed=lab.seed,
         save_every=None,
@@ -69,7 +69,6 @@ def taught(
             word_vector_loss,
             batches,
             settings,
-            optimizer=lambda groups: torch.optim.SGD(groups, lr=rate),
             on_step=lambda _: advance(1),
         )
     return model.eval()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paperworks.nn import Placement
 from paperworks.train.loop import fit
 from paperworks.train.modes import evaluating
+from paperworks.train.optim.sgd import SGD
 from paperworks.train.settings import Settings
 from paperworks.train.streams import Streams
 
@@ -55,7 +56,7 @@ def dynamic_log_probabilities(
         lr=lr,
         schedule="constant",
         warmup=0,
-        weight_decay=0.0,
+        optimizer=SGD(),
         clip=clip,
         seed=None,
         save_every=None,
@@ -64,7 +65,7 @@ def dynamic_log_probabilities(
     )
     learner.eval()
     learner.training = True  # so that the loop leaves its parts alone: nothing is dropped, no statistics are moved
-    fit(learner, loss, streams, settings, optimizer=lambda groups: torch.optim.SGD(groups, lr=lr))
+    fit(learner, loss, streams, settings)
     return torch.cat(scored)
 
 

@@ -15,21 +15,21 @@ from paperworks.train.batches import Batches, Source
 from paperworks.train.distributed import distribution, sharding
 from paperworks.train.modes import evaluating, training
 from paperworks.train.objective import Loss
-from paperworks.train.optim import optimizers
-from paperworks.train.optim.optimizers import MakeOptimizer
+from paperworks.train.optim.parameter_groups import build_optimizer, trainable
 from paperworks.train.runs import randomness
 from paperworks.train.runs.folder import RunFolder
-from paperworks.train.runs.interrupt import Interrupted, Wish, listening
+from paperworks.train.runs.interrupt import Interrupted, StopRequest, deferred_interrupt
 from paperworks.train.runs.metrics import Callback, Log
 from paperworks.train.runs.progress import Bar
 from paperworks.train.runs.report import Report
 from paperworks.train.runs.state import State
 from paperworks.train.settings import Settings
-from paperworks.train.step import Diverged, Stepper, Taken
+from paperworks.train.step import Stepper
+from paperworks.train.step_log import Diverged, StepResult
 
-# However seldom it is logged, a run looks at its losses this often: an unsound step is found soon, and on a GPU the
-# numbers that wait there stay few.
-LOOK_EVERY = 256
+# However seldom it is logged, a run reads its losses this often: a step that is not finite is found soon, and on a GPU
+# few numbers wait there.
+READ_EVERY = 256
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]] | Iterable[Any]
 
@@ -41,7 +41,7 @@ def fit(
     settings: Settings | None = None,
     *,
     run_dir: str | Path | None = None,
-    optimizer: MakeOptimizer | None = None,
+    optimizer: None = None,
     evaluate: Evaluate | None = None,
     on_step: Callable[[int], bool | None] | None = None,
     callbacks: Iterable[Callback] = (),
@@ -55,14 +55,14 @@ def fit(
     batches: any re-iterable (list, DataLoader), an object with state_dict and load_state_dict, or a function
         epoch -> iterable; gone through as often as the steps need. See `train.batches.Source` on resuming.
     run_dir: where metrics.jsonl and checkpoints go; None writes nothing.
-    optimizer: optimizer(parameter groups) -> torch.optim.Optimizer, called once; default AdamW. The learning rates that
-        its groups have then are their peaks; optimizers whose `step` needs a closure do not work.
+    settings: how to train, the optimizer included (`Settings(optimizer=train.AdamW(...))`).
+    optimizer: no longer here; `Settings.optimizer` is.
     evaluate: batches to measure `loss` on, or a function model -> {name: value}; the model is in evaluation mode.
     on_step: called after each step with its number, counted from 1; True ends the run there.
     callbacks: each called, in the first process, with every record of the log: {"step", "loss", "lr", "grad_norm",
         "seconds", "tokens" or "items", metrics}, and {"step", "evaluation"}.
-    resume: go on from the newest checkpoint in `run_dir`, if any: same weights, bit for bit, as without the break, on
-        the same machine with the same number of threads and processes (with another number, up to rounding). False
+    resume: continue from the newest checkpoint in `run_dir`, if any: same weights, bit for bit, as without the break,
+        on the same machine with the same number of threads and processes (with another number, up to rounding). False
         refuses a folder that holds one.
 
     Under `torchrun` every process calls this with the same arguments and the same batches, and computes its share of
@@ -73,6 +73,8 @@ def fit(
     finished and saved; OSError when a checkpoint cannot be written. The newest complete checkpoint is whole in every
     case.
     """
+    if optimizer is not None:
+        raise TypeError("fit(optimizer=...) is Settings(optimizer=...) now, so that a run records its optimizer")
     settings = settings or Settings()
     folder = RunFolder(run_dir) if run_dir is not None else None
     source = Source(batches, recording=folder is not None)
@@ -90,18 +92,18 @@ def fit(
         distribution.replicate(model)
         if settings.sharded:
             sharding.shard(model, device)
-        made = optimizers.make(model, settings, optimizer)
+        built = build_optimizer(model, settings)
         called = torch.compile(model) if settings.compile else model
-        stepper = Stepper(cast(nn.Module, called), loss, made, settings, device)
-        state = State(model, made, stepper.scaler, source, settings)
+        stepper = Stepper(cast(nn.Module, called), loss, built, settings, device)
+        state = State(model, built, stepper.scaler, source, settings)
         run = _Run(model, loss, settings, stepper, state, folder, evaluate, on_step)
         run.begin(callbacks, resume)
         stack.callback(run.end)
-        return run.train(stack.enter_context(listening()))
+        return run.train(stack.enter_context(deferred_interrupt()))
 
 
 def _require_trainable(model: nn.Module, loss: Loss, settings: Settings) -> None:
-    parameters = optimizers.trainable(model)
+    parameters = trainable(model)
     owned = {id(parameter) for parameter in model.parameters()}
     if isinstance(loss, nn.Module):
         own = [name for name, p in loss.named_parameters() if p.requires_grad and id(p) not in owned]
@@ -123,7 +125,7 @@ def _require_trainable(model: nn.Module, loss: Loss, settings: Settings) -> None
                 "call model.float() first, or train in bfloat16"
             )
     for parameter in parameters.values():
-        parameter.grad = None  # left by somebody else, it would enter the first step
+        parameter.grad = None  # one from before would enter the first step
 
 
 def _require_resumable(source: Source, folder: RunFolder | None, resume: bool) -> None:
@@ -158,10 +160,9 @@ class _Run:
         self.model, self.loss, self.settings, self.stepper, self.state = model, loss, settings, stepper, state
         self.folder, self.evaluate, self.on_step = folder, evaluate, on_step
         self.losses: list[float] = []
-        self.rate = 0.0
 
     def begin(self, callbacks: Iterable[Callback], resume: bool) -> None:
-        """Start the run, or go to where it was saved."""
+        """Start the run, or resume it where it was saved."""
         earlier = self.folder.complete() if self.folder is not None and resume else []
         if earlier:
             self.state.resume(earlier[-1])
@@ -183,65 +184,65 @@ class _Run:
 
     @property
     def seconds(self) -> float:
-        """Time spent on the whole run."""
+        """Seconds spent on the whole run."""
         return self.state.seconds + time.monotonic() - self._began
 
-    def train(self, wish: Wish) -> Report:
-        """Take the steps that are left."""
+    def train(self, request: StopRequest) -> Report:
+        """Take the remaining steps."""
         stopped = "finished"
         while self.state.step < self.settings.steps:
             step = self.state.step + 1
-            self.rate = self.stepper.rate(step - 1)
             self.stepper.take(self.state.source, step)
             self.state.step = step
-            asked = self.on_step is not None and self.on_step(step) is True
+            stop = self.on_step is not None and self.on_step(step) is True
             self._observe(step)
-            if distribution.agree(wish.stop):
+            if distribution.any_process(request.pending):
                 self._interrupt()
-            if distribution.agree(asked):
+            if distribution.any_process(stop):
                 stopped = "on_step"
                 break
-        self._catch_up()
+        self._read()
         if self.state.step > self.saved_at:
             self._save()
         return self._report(stopped)
 
     def _observe(self, step: int) -> None:
-        """Log, evaluate and save where it is time to."""
+        """Log, evaluate and save where this step is one to do so."""
         settings = self.settings
         last = step == settings.steps
         if step % settings.log_every == 0 or last:
             self._log(step)
-        elif self.bar.due or step % LOOK_EVERY == 0:
-            self._catch_up()
+        elif self.bar.due or step % READ_EVERY == 0:
+            self._read()
         if self.evaluate is not None and (last or _due(step, settings.evaluate_every)):
             self._evaluate(step)
         if _due(step, settings.save_every):
             self._save()
 
-    def _catch_up(self) -> Taken | None:
-        """Look at the steps taken since the last look; return the newest."""
-        taken = self.stepper.look()
-        if not taken:
+    def _read(self) -> StepResult | None:
+        """Newest of the steps since the last call, whose losses are kept; None if there is none."""
+        results = self.stepper.log.read()
+        if not results:
             return None
-        self.losses.extend(each.loss for each in taken)
-        counted = sum(each.elements for each in taken)
+        newest = results[-1]
+        self.losses.extend(each.loss for each in results)
+        counted = sum(each.elements for each in results)
         self.state.counted += counted
-        self.bar.draw(taken[-1].step, taken[-1].loss, self.rate, counted, self._unit)
-        return taken[-1]
+        self.bar.draw(newest.step, newest.loss, self.stepper.rate, counted, self._unit)
+        return newest
 
     @property
     def _unit(self) -> str:
         return "tokens" if self.stepper.counted else "items"
 
     def _log(self, step: int) -> None:
-        newest = self._catch_up()
-        assert newest is not None  # a step was taken, and every look is at all of them
-        numbers = {"loss": newest.loss, "lr": self.rate, "grad_norm": newest.grad_norm, "seconds": self.seconds}
+        newest = self._read()
+        assert newest is not None  # this step has not been read before
+        numbers = {"loss": newest.loss, "lr": self.stepper.rate, "grad_norm": newest.grad_norm, "seconds": self.seconds}
         self.log.add({"step": step, **numbers, self._unit: self.state.counted, **self.stepper.measured()})
 
     def _evaluate(self, step: int) -> None:
-        self._catch_up()
+        self._read()
         with evaluating(self.model), randomness.undisturbed():
             if callable(self.evaluate) and not hasattr(self.evaluate, "__iter__"):
                 measured = {name: float(value) for name, value in self.evaluate(self.model).items()}
@@ -250,7 +251,7 @@ class _Run:
         self.log.add({"step": step, "evaluation": measured, "seconds": self.seconds})
 
     def _save(self) -> None:
-        self._catch_up()
+        self._read()
         self.saved_at = self.state.step
         if self.folder is None:
             return
@@ -267,7 +268,7 @@ class _Run:
         distribution.wait()
 
     def _interrupt(self) -> None:
-        self._catch_up()
+        self._read()
         if self.state.step > self.saved_at:
             self._save()
         done = f"interrupted after step {self.state.step} of {self.settings.steps}"

@@ -3,15 +3,26 @@
 import math
 import struct
 import zlib
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
 
 from paperworks.core.errors import unknown
 from paperworks.train.optim import schedules
+from paperworks.train.optim.adamw import AdamW
+from paperworks.train.optim.groups import Group
+from paperworks.train.optim.optimizer import OptimizerFunction, OptimizerSpec, name_of
 from paperworks.train.optim.schedules import Schedule
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS = ("float32", "bfloat16", "float16")
+
+# Keywords of earlier versions, and where their values go now.
+MOVED = {
+    "betas": "optimizer=train.AdamW(betas={!r})",
+    "eps": "optimizer=train.AdamW(eps={!r})",
+    "weight_decay": "optimizer=train.AdamW(weight_decay={!r})",
+    "decay_embeddings": 'groups=(train.Group("*embedding.weight", weight_decay=0.0),) in place of {!r}',
+}
 
 # Fields that only decide what is looked at and kept; a run may be resumed with other values of them.
 OBSERVING = frozenset({"log_every", "evaluate_every", "save_every", "keep", "progress"})
@@ -32,9 +43,12 @@ class Settings:
     schedule: "constant", "linear", "cosine", "wsd" or a `train.Schedule`; what follows the warm-up.
     warmup: steps over which the rate rises linearly to its peak; a float below 1 is a share of `steps`.
     min_lr: where the schedule ends, as a fraction of `lr`.
-    weight_decay: decoupled decay of matrices; vectors, biases and norms are never decayed.
-    decay_embeddings: whether embedding tables are decayed too.
-    betas, eps: of AdamW.
+    optimizer: `train.AdamW(...)` or another of the optimizer values, with all numbers of the method but the rate; or a
+        function of the parameter groups that returns a `torch.optim.Optimizer`, called once, for optimizers of other
+        libraries: of a function the run records only the name. The learning rates that its groups have then are their
+        peaks; optimizers whose `step` needs a closure do not work.
+    groups: rates and decays of their own for the parameters that patterns name (`train.Group`). Without any, matrices
+        are decayed; vectors, biases and norms are not.
     clip: largest Euclidean norm of the averaged gradient; None leaves it.
     accumulate: micro-batches a step; their gradients count by their elements, as if they were one batch.
     precision: arithmetic of the forward pass. The weights keep their own dtype: "bfloat16" and "float16" are autocast,
@@ -57,10 +71,8 @@ class Settings:
     schedule: str | Schedule = "cosine"
     warmup: float = 0.02
     min_lr: float = 0.1
-    weight_decay: float = 0.01
-    decay_embeddings: bool = True
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    optimizer: OptimizerSpec | OptimizerFunction = field(default_factory=AdamW)
+    groups: tuple[Group, ...] = ()
     clip: float | None = 1.0
     accumulate: int = 1
     precision: Precision = "float32"
@@ -75,9 +87,18 @@ class Settings:
     deterministic: bool = False
     progress: bool | None = None
 
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Refuse the keywords of earlier versions with the place where their values go now."""
+        moved = {name: MOVED[name].format(value) for name, value in given.items() if name in MOVED}
+        if moved:
+            places = "; ".join(f"{name} goes to {place}" for name, place in moved.items())
+            raise TypeError(f"Settings has no field {', '.join(moved)}: {places}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", schedules.named(self.schedule))
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "groups", tuple(self.groups))
+        self._require_optimizer()
         for name in ("steps", "accumulate", "log_every", "keep"):
             self._require_whole(name, getattr(self, name))
         for name in ("evaluate_every", "save_every"):
@@ -88,9 +109,7 @@ class Settings:
         self._require("warmup", self.warmup < 1 or self.warmup == int(self.warmup), "whole steps, or a share below 1")
         self._require("warmup", self.warmup_steps <= self.steps, f"at most the {self.steps} steps of the run")
         self._require("min_lr", 0 <= self.min_lr <= 1, "a fraction of lr, between 0 and 1")
-        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
-        self._require("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
-        self._require("eps", 0 <= self.eps < math.inf, "0 or more")
+        self._require("groups", all(isinstance(each, Group) for each in self.groups), "a tuple of train.Group")
         self._require("clip", self.clip is None or self.clip > 0, "a positive norm, or None for no clipping")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**32, "between 0 and 2**32 - 1, or None")
         if self.precision not in PRECISIONS:
@@ -104,13 +123,23 @@ class Settings:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         self._require(name, whole, "a whole number of at least 1" + (", or None" if none else ""))
 
+    def _require_optimizer(self) -> None:
+        if isinstance(self.optimizer, type) and issubclass(self.optimizer, OptimizerSpec):
+            name = self.optimizer.__name__
+            raise TypeError(f"optimizer is the class train.{name}; give a value of it: optimizer=train.{name}(...)")
+        if not isinstance(self.optimizer, OptimizerSpec) and not callable(self.optimizer):
+            raise TypeError(
+                f"optimizer is {self.optimizer!r}; give a value such as train.AdamW(), or a function of the parameter "
+                "groups that returns a torch.optim.Optimizer"
+            )
+
     @property
     def warmup_steps(self) -> int:
-        """How many steps the warm-up takes."""
+        """Length of the warm-up in steps."""
         return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
     def factor(self, step: int) -> float:
-        """Return the learning rate at `step` (counted from 0) as a fraction of the peak.
+        """Learning rate at `step` (counted from 0) as a fraction of the peak.
 
         Warm-up over w steps: (step + 1) / w. Then min_lr + (1 - min_lr) * schedule(step - w, steps - w).
         """
@@ -121,13 +150,16 @@ class Settings:
         return self.min_lr + (1 - self.min_lr) * self.schedule(step - warmup, self.steps - warmup)
 
     def described(self) -> dict[str, Any]:
-        """Return every field as a JSON value; a schedule by its repr, which holds all its fields."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"schedule": repr(self.schedule), "betas": list(self.betas)}
+        """Every field as a JSON value: a schedule by its repr, a function that makes the optimizer by its name."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        made = self.optimizer
+        optimizer = made.to_dict() if isinstance(made, OptimizerSpec) else name_of(made)
+        groups = [group.to_dict() for group in self.groups]
+        return values | {"schedule": repr(self.schedule), "optimizer": optimizer, "groups": groups}
 
 
 def rates_digest(settings: Settings, step: int, start: int = 0, digest: int = 0) -> int:
-    """Return a checksum of the learning rates of the steps `start` to `step`, going on from `digest`."""
+    """Checksum of the learning rates of the steps `start` to `step`, continued from `digest`."""
     for taken in range(start, step):
         digest = zlib.crc32(struct.pack("<d", settings.lr * settings.factor(taken)), digest)
     return digest
@@ -144,4 +176,13 @@ def differences(earlier: dict[str, Any], rates: int, step: int, now: Settings) -
     names = [name for name in current if name not in OBSERVING | PLACING and current[name] != earlier.get(name)]
     if now.steps >= step and rates_digest(now, step) == rates:
         names = [name for name in names if name not in RATE]
-    return [f"settings.{name}: was {earlier.get(name)!r}, now {current[name]!r}" for name in names]
+    return [f"settings.{name}: was {_shown(earlier.get(name))}, now {_shown(current[name])}" for name in names]
+
+
+def _shown(value: Any) -> str:
+    """The value as it is written in code where it is a spec's description, else its repr."""
+    if isinstance(value, dict) and "type" in value:
+        return f"{value['type']}({', '.join(f'{k}={_shown(v)}' for k, v in value.items() if k != 'type')})"
+    if isinstance(value, list):
+        return f"({', '.join(map(_shown, value))})"
+    return repr(value)

@@ -66,7 +66,7 @@ class Streams:
                 return
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (sum of -log p(next token), number of tokens), given the state after the chunk before.
+        """(Sum of -log p(next token), number of tokens), given the state after the chunk before.
 
         model: a `DecoderModel`, all of whose mixers carry a state of fixed size (recurrent, state-space).
         Raises ValueError for another, whose cache would grow with the text and keep its gradients.
@@ -75,9 +75,17 @@ class Streams:
         return next_token_loss(lambda tokens: model(tokens, Placement(cache=carried)), batch)  # type: ignore[arg-type]
 
     def carried(self, model: nn.Module) -> Cache:
-        """Return the cache that the next chunk is to be read with. Raises ValueError as `loss` does."""
+        """Cache that the next chunk is read with. Raises ValueError as `loss` does.
+
+        Its states are contiguous copies, whether a chunk has just left them or a checkpoint: a matrix product of the
+        same numbers takes another path, with another rounding, where the memory layout is another.
+        """
         if self.cache is None:
             self.cache = self._opened(model)
+        for layer in self.cache.layers:
+            assert isinstance(layer, StateCache)
+            for name, state in layer.states.items():
+                layer[name] = state.clone(memory_format=torch.contiguous_format)
         return self.cache
 
     def _opened(self, model: nn.Module) -> Cache:
@@ -98,7 +106,7 @@ class Streams:
         return cache
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place, and the state that the next chunk begins with."""
+        """Place in the epoch, and the state that the next chunk begins with."""
         if self.cache is None:
             return {"chunk": self.chunk, "saved": self._saved}
         states = [dict(layer.states) for layer in self.cache.layers if isinstance(layer, StateCache)]

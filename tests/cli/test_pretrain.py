@@ -98,6 +98,18 @@ def test_two_processes_end_where_one_does(folder, more):
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
 
 
+def test_the_optimizer_on_the_command_line_trains_is_recorded_and_must_stay_the_same(folder, capsys):
+    lion = ("optimizer:lion", "--optimizer.weight-decay", "0.5")
+    assert cli.main(arguments(folder, *lion)) == 0, capsys.readouterr().err
+    newest = sorted((folder / "out" / "checkpoints").iterdir())[-1]
+    recorded = json.loads((newest / "state.json").read_text())["state"]["settings"]["optimizer"]
+    assert recorded == {"type": "Lion", "betas": [0.9, 0.99], "weight_decay": 0.5}
+    (folder / "out" / "model").rename(folder / "elsewhere")
+    assert cli.main(arguments(folder, "optimizer:adamw")) == 2
+    assert "settings.optimizer: was Lion(" in (said := capsys.readouterr().err)
+    assert "now AdamW(betas=(0.9, 0.999), eps=1e-08, weight_decay=0.1)" in said
+
+
 def test_documents_can_be_kept_apart(folder, capsys):
     rows = "\n".join(json.dumps({"text": f"number {index} is {index * index}"}) for index in range(60))
     (folder / "text.jsonl").write_text(rows)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from paperworks.papers._smollm2 import stand_in
 
 from paperworks import api, papers
 from paperworks.lab import load_result, results_folder, run_claim
 from paperworks.lab.runner import CLAIM_SECONDS, PAPER_SECONDS
+from paperworks.testbeds.smollm2 import stand_in
 
 CLAIMS = [
     pytest.param(paper, claim, id=f"{paper.key}-{claim.name}")

@@ -1,10 +1,10 @@
 """The usage of every paper that has one runs, in a folder of its own."""
 
 import pytest
-from paperworks.papers._smollm2 import stand_in
 
 from paperworks import api, papers
 from paperworks.lab.usage import run_usage
+from paperworks.testbeds.smollm2 import stand_in
 
 
 @pytest.mark.parametrize("entry", [entry for entry in papers.index() if entry.usage], ids=lambda entry: entry.key)

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def test_a_model_learns() -> None:
     assert report.losses[-1] < 0.3
     assert (report.steps, report.stopped, report.checkpoints) == (150, "finished", [])
     assert report.counted == 150 * 4 * 29
+
+
+def test_importing_the_loop_imports_no_compiler() -> None:
+    names = ("torch._dynamo", "torch._inductor")
+    script = f"import sys, paperworks.train.loop; sys.exit(any(name in sys.modules for name in {names}))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from paperworks import train
+from paperworks.train.distributed import distribution
 from tests.train import several
 
 HERE = Path(several.__file__)
@@ -137,7 +138,7 @@ def test_batches_that_cannot_be_shared_out_say_what_would_do(tmp_path):
 
 def test_one_process_shares_nothing():
     batch = torch.ones(3, 2)
-    part, weight = train.distribution.share(batch, 0, 1)
+    part, weight = distribution.share(batch, 0, 1)
     assert part is batch
     assert weight == 1.0
-    assert train.distribution.totals(2.5, 3) == [2.5, 3]
+    assert distribution.totals(2.5, 3) == [2.5, 3]

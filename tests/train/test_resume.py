@@ -73,7 +73,14 @@ def test_a_resumed_run_has_the_weights_and_metrics_of_one_without_a_break(
 @pytest.mark.parametrize(
     "make",
     [
-        lambda groups: torch.optim.SGD(groups, momentum=0.9, nesterov=True),
+        train.AdamW(betas=(0.8, 0.99)),
+        train.Adam(),
+        train.SGD(momentum=0.9, nesterov=True),
+        train.RMSprop(momentum=0.5),
+        train.RMSPropGraves(),
+        train.Lion(weight_decay=0.1),
+        train.PagedAdamW(budget=4096, page=64),
+        train.ClipByValue(optimizer=train.SGD(momentum=0.9), limit=0.01),
         lambda groups: torch.optim.Adagrad(groups),
         lambda groups: torch.optim.Adafactor(groups),
         lambda groups: torch.optim.NAdam(groups),
@@ -81,13 +88,35 @@ def test_a_resumed_run_has_the_weights_and_metrics_of_one_without_a_break(
     ],
 )
 def test_any_optimizer_is_resumed_exactly(tmp_path: Path, make: Any) -> None:
-    settings = train.Settings(**SETTINGS)
+    settings = train.Settings(**SETTINGS, optimizer=make)
     one, other = classifier(), classifier()
-    train.fit(one, mean_loss, examples(), settings, optimizer=make)
-    train.fit(other, mean_loss, examples(), settings, optimizer=make, run_dir=tmp_path, on_step=stop_after(6))
+    train.fit(one, mean_loss, examples(), settings)
+    train.fit(other, mean_loss, examples(), settings, run_dir=tmp_path, on_step=stop_after(6))
     other = classifier(seed=3)
-    train.fit(other, mean_loss, examples(), settings, optimizer=make, run_dir=tmp_path)
+    train.fit(other, mean_loss, examples(), settings, run_dir=tmp_path)
     assert same_bits(weights(one), weights(other))
+
+
+def test_optimizer_state_keeps_the_layout_of_its_weights(tmp_path: Path) -> None:
+    """A kernel may take another path, with another rounding, where strides differ."""
+    strides: list[list[tuple[int, ...]]] = []
+
+    class Strided(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            super().step()
+            strides.append([state["momentum_buffer"].stride() for state in self.state.values()])
+
+    def run(stop: int) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten()).to(memory_format=torch.channels_last)
+        settings = train.Settings(**SETTINGS, optimizer=lambda groups: Strided(groups, momentum=0.9))
+        batches = [torch.ones(2, 3, 3, 3)]
+        loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
+        train.fit(model, loss, batches, settings, run_dir=tmp_path, on_step=stop_after(stop))
+
+    run(6)
+    run(99)
+    assert strides[0][0] == (12, 1, 6, 3)
+    assert all(each == strides[0] for each in strides)
 
 
 def test_optimizer_state_wider_than_the_weights_stays_wide(tmp_path: Path) -> None:
@@ -108,11 +137,11 @@ def test_optimizer_state_wider_than_the_weights_stays_wide(tmp_path: Path) -> No
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0].bfloat16()).float(), batch[1])
 
-    settings = train.Settings(**SETTINGS)
+    settings = train.Settings(**SETTINGS, optimizer=Wide)
     one, other = classifier().bfloat16(), classifier().bfloat16()
-    train.fit(one, loss, examples(), settings, optimizer=Wide)
-    train.fit(other, loss, examples(), settings, optimizer=Wide, run_dir=tmp_path, on_step=stop_after(6))
-    train.fit(other, loss, examples(), settings, optimizer=Wide, run_dir=tmp_path)
+    train.fit(one, loss, examples(), settings)
+    train.fit(other, loss, examples(), settings, run_dir=tmp_path, on_step=stop_after(6))
+    train.fit(other, loss, examples(), settings, run_dir=tmp_path)
     assert same_bits(weights(one), weights(other))
 
 
@@ -177,11 +206,11 @@ def test_every_difference_of_settings_model_and_optimizer_is_listed(tmp_path: Pa
 
 def test_another_optimizer_and_other_settings_of_it_are_differences(tmp_path: Path) -> None:
     def fit(make: Any) -> None:
-        train.fit(classifier(), mean_loss, examples(), train.Settings(**SETTINGS), run_dir=tmp_path, optimizer=make)
+        train.fit(classifier(), mean_loss, examples(), train.Settings(**SETTINGS, optimizer=make), run_dir=tmp_path)
 
     fit(lambda groups: torch.optim.SGD(groups, momentum=0.9))
     with pytest.raises(ValueError, match=r"optimizer: was torch\.optim\.sgd\.SGD, now torch\.optim\.adamw\.AdamW"):
-        fit(None)
+        fit(train.AdamW())
     with pytest.raises(ValueError, match=r"optimizer group 0, momentum: was 0\.9, now 0\.5"):
         fit(lambda groups: torch.optim.SGD(groups, momentum=0.5))
 

@@ -25,7 +25,14 @@ def test_a_sparse_gradient_counts_as_the_dense_one(ids, clip):
     for sparse in (False, True):
         model = Lookup(sparse)
         settings = train.Settings(
-            steps=3, lr=0.1, schedule="constant", warmup=0, weight_decay=0, clip=clip, save_every=None, progress=False
+            steps=3,
+            lr=0.1,
+            schedule="constant",
+            warmup=0,
+            optimizer=train.SGD(),
+            clip=clip,
+            save_every=None,
+            progress=False,
         )
         seen = []
         report = train.fit(
@@ -33,7 +40,6 @@ def test_a_sparse_gradient_counts_as_the_dense_one(ids, clip):
             loss,
             [torch.tensor(ids)] * 3,
             settings,
-            optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
             on_step=lambda _, model=model, seen=seen: seen.append(model.table.weight.detach().clone()),
         )
         found[sparse] = torch.stack([*seen, torch.zeros(6, 3).fill_(sum(report.losses))])

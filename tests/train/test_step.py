@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,17 +8,13 @@ from torch.nn import functional
 
 from paperworks import train
 from paperworks.nn import auxiliary
-from paperworks.train import step as stepping
+from paperworks.train import step_log
 from paperworks.train.batches import Source
 from paperworks.train.step import Stepper
 
 from .small import Language, classifier, examples, mean_loss, same_bits, summed_loss, weights
 
-SGD = {"weight_decay": 0.0, "schedule": "constant", "warmup": 0}
-
-
-def sgd(groups: list[dict]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups)
+SGD = {"optimizer": train.SGD(), "schedule": "constant", "warmup": 0}
 
 
 def unequal_rows() -> list[dict[str, Tensor]]:
@@ -46,8 +43,8 @@ def test_n_accumulated_micro_batches_equal_one_batch_of_all_their_tokens(dtype: 
         return train.next_token_loss(lambda tokens, segments: model(tokens), batch)  # type: ignore[arg-type]
 
     common = {"lr": 0.1, "steps": 5, "log_every": 1, **SGD}
-    accumulated = train.fit(one, loss, rows, train.Settings(accumulate=4, **common), optimizer=sgd)
-    at_once = train.fit(other, loss, [whole], train.Settings(**common), optimizer=sgd)
+    accumulated = train.fit(one, loss, rows, train.Settings(accumulate=4, **common))
+    at_once = train.fit(other, loss, [whole], train.Settings(**common))
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=tolerance)
     assert accumulated.losses == pytest.approx(at_once.losses, abs=2 * tolerance)  # sums of about 50 in another order
@@ -77,8 +74,8 @@ def test_auxiliary_losses_weigh_by_count_so_that_accumulation_stays_exact() -> N
 
     one, other = Segmented().double(), Segmented().double()
     common = {"lr": 0.1, "steps": 3, "log_every": 1, **SGD}
-    accumulated = train.fit(one, loss, rows, train.Settings(accumulate=4, **common), optimizer=sgd)
-    at_once = train.fit(other, loss, [whole], train.Settings(**common), optimizer=sgd)
+    accumulated = train.fit(one, loss, rows, train.Settings(accumulate=4, **common))
+    at_once = train.fit(other, loss, [whole], train.Settings(**common))
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=1e-14)  # float64, values about 1
     sizes = [[record["auxiliary/size"] for record in report.records] for report in (accumulated, at_once)]
@@ -90,19 +87,21 @@ def test_auxiliary_losses_weigh_by_count_so_that_accumulation_stays_exact() -> N
 def test_scalar_losses_count_as_equal_parts() -> None:
     batches = [(x.double(), y) for x, y in examples(2, size=3) + examples(1, size=9)]
     one, other = classifier().double(), classifier().double()
-    train.fit(one, mean_loss, batches, train.Settings(steps=1, lr=0.1, accumulate=3, **SGD), optimizer=sgd)
+    train.fit(one, mean_loss, batches, train.Settings(steps=1, lr=0.1, accumulate=3, **SGD))
 
     def mean_of_means(model: nn.Module, batch: list) -> Tensor:
         return torch.stack([mean_loss(model, each) for each in batch]).mean()
 
-    train.fit(other, mean_of_means, [batches], train.Settings(steps=1, lr=0.1, **SGD), optimizer=sgd)
+    train.fit(other, mean_of_means, [batches], train.Settings(steps=1, lr=0.1, **SGD))
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("clip", [None, 0.05, 1e4])
 def test_the_loop_takes_the_very_steps_of_a_loop_written_out(clip: float | None) -> None:
-    settings = train.Settings(steps=12, lr=0.02, warmup=3, clip=clip, weight_decay=0.1, log_every=1)
+    settings = train.Settings(
+        steps=12, lr=0.02, warmup=3, clip=clip, optimizer=train.AdamW(weight_decay=0.1), log_every=1
+    )
     one, other = classifier(dropout=0.3), classifier(dropout=0.3)
     report = train.fit(one, mean_loss, examples(), settings)
 
@@ -130,9 +129,8 @@ def test_adamw_takes_the_steps_of_torchs_unfused_one() -> None:
     one, other = classifier(), classifier()
     common = train.Settings(steps=10, lr=0.01)
     train.fit(one, mean_loss, examples(), common)
-    train.fit(
-        other, mean_loss, examples(), common, optimizer=lambda g: torch.optim.AdamW(g, fused=False, foreach=False)
-    )
+    unfused = replace(common, optimizer=lambda groups: torch.optim.AdamW(groups, fused=False, foreach=False))
+    train.fit(other, mean_loss, examples(), unfused)
     for name, tensor in weights(one).items():
         # ten updates of at most 0.01, each rounded differently by a few float32 eps
         torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=1e-6)
@@ -148,8 +146,11 @@ def test_the_averaged_gradient_is_clipped_exactly_as_torch_clips_it(clip: float)
         def step(self, closure: None = None) -> None:  # type: ignore[override]
             seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
 
-    settings = train.Settings(steps=1, lr=0.1, accumulate=4, clip=clip, **SGD)
-    report = train.fit(model, summed_loss, rows, settings, optimizer=Spy)
+    def in_order(groups: list[dict]) -> Spy:  # the norm of the same numbers in another order may be rounded otherwise
+        return Spy(model.parameters(), lr=0.1)
+
+    settings = train.Settings(steps=1, lr=0.1, accumulate=4, clip=clip, **SGD | {"optimizer": in_order})
+    report = train.fit(model, summed_loss, rows, settings)
     for row in rows:
         summed_loss(reference, row)[0].backward()
     for parameter in reference.parameters():
@@ -172,8 +173,7 @@ def test_groups_with_rates_of_their_own_keep_their_proportion() -> None:
         model,
         mean_loss,
         examples(),
-        train.Settings(steps=4, schedule="linear", warmup=0, min_lr=0.0),
-        optimizer=two_rates,
+        train.Settings(steps=4, schedule="linear", warmup=0, min_lr=0.0, optimizer=two_rates),
     )
     assert seen == [pytest.approx([0.1 * (1 - k / 4), 0.2 * (1 - k / 4)], abs=1e-15) for k in range(4)]
 
@@ -229,8 +229,8 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_applied() -> None:
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient", "count", None])
-def test_where_looking_is_deferred_no_update_follows_an_unsound_step(broken: str | None) -> None:
-    # the way taken on a GPU, where each look would wait for the device; the fused kernel on the CPU obeys the same flag
+def test_where_reading_is_deferred_no_update_follows_a_step_that_is_not_finite(broken: str | None) -> None:
+    # as on a GPU, where each reading would wait for the device; the fused kernel on the CPU obeys the same flag
     model, good = classifier(), classifier()
     batches = examples(6)
     if broken == "loss":
@@ -247,21 +247,21 @@ def test_where_looking_is_deferred_no_update_follows_an_unsound_step(broken: str
         groups = train.parameter_groups(model, settings)
         return Stepper(model, loss, torch.optim.AdamW(groups, fused=True), settings, torch.device("cpu"))  # type: ignore[arg-type]
 
-    looking, deferred = stepper(good, mean_loss), stepper(model, loss)
-    deferred.deferred = True
-    for each, steps in ((looking, 3 if broken else 6), (deferred, 6)):
+    immediate, deferred = stepper(good, mean_loss), stepper(model, loss)
+    deferred.log.deferred = True
+    for each, steps in ((immediate, 3 if broken else 6), (deferred, 6)):
         source = Source(batches if each is deferred else examples(6), recording=False)
         for number in range(1, steps + 1):
-            each.rate(number - 1)
             each.take(source, number)
     if broken is None:
-        assert [taken.loss for taken in deferred.look()] == pytest.approx([t.loss for t in looking.look()], rel=1e-6)
+        losses = [result.loss for result in immediate.log.read()]
+        assert [result.loss for result in deferred.log.read()] == pytest.approx(losses, rel=1e-6)
     elif broken == "count":
         with pytest.raises(ValueError, match="counted 0 elements at step 4, batch 3 of epoch 0"):
-            deferred.look()
+            deferred.log.read()
     else:
         with pytest.raises(train.Diverged, match=r"is (nan|inf) at step 4, batch 3 of epoch 0"):
-            deferred.look()
+            deferred.log.read()
     for name, tensor in weights(model).items():
         # loss * 5 / 5 rounds once more in float32; updates are of 0.01
         torch.testing.assert_close(tensor, weights(good)[name], rtol=0, atol=1e-6)
@@ -311,7 +311,7 @@ def test_a_float16_gradient_that_stays_broken_stops_the_run() -> None:
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return _Blown.apply(mean_loss(model, batch))
 
-    with pytest.raises(train.Diverged, match=f"at step {stepping.SKIPPED_IN_A_ROW + 1}"):
+    with pytest.raises(train.Diverged, match=f"at step {step_log.SKIPPED_IN_A_ROW + 1}"):
         train.fit(classifier(), loss, examples(1), train.Settings(steps=100, precision="float16"))
 
 
@@ -352,12 +352,12 @@ def test_a_micro_batch_without_targets_is_fine_as_long_as_another_has_some() -> 
 
     (x, y), (v, w) = examples(2)
     one, other = classifier(), classifier()
-    train.fit(one, loss, [(x, y, 5), (v, w, 0)], train.Settings(steps=1, accumulate=2, **SGD), optimizer=sgd)
-    train.fit(other, summed_loss, [(x, y)], train.Settings(steps=1, **SGD), optimizer=sgd)
+    train.fit(one, loss, [(x, y, 5), (v, w, 0)], train.Settings(steps=1, accumulate=2, **SGD))
+    train.fit(other, summed_loss, [(x, y)], train.Settings(steps=1, **SGD))
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=1e-7)  # float32, one rounding of 0.001
     with pytest.raises(ValueError, match="counted 0 elements"):
-        train.fit(one, loss, [(x, y, 0), (v, w, 0)], train.Settings(steps=1, accumulate=2, **SGD), optimizer=sgd)
+        train.fit(one, loss, [(x, y, 0), (v, w, 0)], train.Settings(steps=1, accumulate=2, **SGD))
 
 
 def test_a_loss_that_reaches_only_what_is_not_optimized_is_refused() -> None:
@@ -367,6 +367,5 @@ def test_a_loss_that_reaches_only_what_is_not_optimized_is_refused() -> None:
             model,
             lambda model, batch: model[0](batch[0]).square().mean(),
             examples(1),
-            train.Settings(steps=1),
-            optimizer=lambda groups: torch.optim.SGD(model[3].parameters(), lr=0.1),
+            train.Settings(steps=1, optimizer=lambda groups: torch.optim.SGD(model[3].parameters(), lr=0.1)),
         )

@@ -86,17 +86,14 @@ def test_a_run_resumes_bit_for_bit_with_its_state(tmp_path: Path, stops):
 
 def test_a_second_run_goes_on_where_the_first_one_stopped():
     for steps in (5, 3):  # a whole epoch, and a part of one
-        settings = train.Settings(steps=steps, lr=0.02, schedule="constant", warmup=0, weight_decay=0.0, clip=None)
+        settings = train.Settings(steps=steps, lr=0.02, schedule="constant", warmup=0, optimizer=train.SGD(), clip=None)
         both, twice = model(), model()
         streams = Streams(text(), batch=2, length=5)
 
-        def sgd(groups):
-            return torch.optim.SGD(groups)
-
         for _ in range(2):
-            train.fit(twice, streams.loss, streams, settings, optimizer=sgd)
+            train.fit(twice, streams.loss, streams, settings)
         streams = Streams(text(), batch=2, length=5)
-        train.fit(both, streams.loss, streams, replace(settings, steps=2 * steps), optimizer=sgd)
+        train.fit(both, streams.loss, streams, replace(settings, steps=2 * steps))
         assert same_bits(weights(both), weights(twice))
 
 

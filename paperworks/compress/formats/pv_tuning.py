@@ -142,7 +142,7 @@ def tunable(model: nn.Module) -> Iterator[list[TunableLinear]]:
 
 
 class PVTuning(torch.optim.Adam):
-    """P and V steps from one backward pass; give it to `train.fit` as `optimizer=lambda groups: PVTuning(model)`.
+    """P and V steps from one backward pass; train with `Settings(optimizer=lambda groups: PVTuning(model))`.
 
     Straight-through estimation is the same with `share=1`: every group takes the code nearest to its latent weight.
     `share=0` leaves the codes as they are.

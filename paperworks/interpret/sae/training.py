@@ -38,7 +38,7 @@ class Training:
         training = sae.Training(model, steps=2000)
         train.fit(model, training.loss, activations, settings, on_step=training.after_step)
 
-    and, where latents are resampled, `optimizer=training.optimizer`, whose moments must be reset with them.
+    and, where latents are resampled, `Settings(optimizer=training.optimizer)`, whose moments must be reset with them.
 
     Args:
         model: the autoencoder.
@@ -68,8 +68,8 @@ class Training:
         return autoencoder.loss(x, int(self.model.steps_taken) / self.steps)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """Make Adam (without decay where the groups have none), and remember it for resampling."""
-        self._optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+        """Make Adam, without weight decay, and remember it for resampling."""
+        self._optimizer = torch.optim.Adam(groups, betas=self.betas, eps=self.eps, fused=True)
         return self._optimizer
 
     def after_step(self, step: int) -> None:
@@ -77,7 +77,9 @@ class Training:
         self.model.after_step()
         if self.resampling is not None and step in self.resampling.at:
             if self._optimizer is None:
-                raise ValueError("resampling resets the optimizer's moments: pass optimizer=training.optimizer to fit")
+                raise ValueError(
+                    "resampling resets the optimizer's moments: pass Settings(optimizer=training.optimizer) to fit"
+                )
             dead = self.model.idle >= self.resampling.dead_after
             generator = torch.Generator().manual_seed(self.resampling.seed + step)
             resample(self.model, self.resampling.sample(), dead, self._optimizer, generator)

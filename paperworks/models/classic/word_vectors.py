@@ -27,7 +27,7 @@ class WordVectors(Spec):
 
     Trained by `train.fit` with `word_vector_loss` on `data.word_contexts.WordContexts`, and as published with plain SGD
     on the sum over pairs, its rate falling linearly from 0.025 (CBOW: 0.05) to nothing:
-    `Settings(lr=0.025, schedule="linear", warmup=0, min_lr=0, weight_decay=0, clip=None)`, `torch.optim.SGD`.
+    `Settings(lr=0.025, schedule="linear", warmup=0, min_lr=0, optimizer=train.SGD(), clip=None)`.
     A word or node that is frequent in a batch takes all its pairs at once: batches of some 256 words for a vocabulary
     of hundreds, 64 for a tree (whose root is in every pair), 1,000 for thousands; larger ones diverge at this rate.
 

@@ -95,7 +95,7 @@ def _fit(model: nn.Module, loss: Any, batch: Any, steps: int, rate: float, on_st
     settings = train.Settings(
         steps=steps,
         lr=rate,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         warmup=0,
         schedule="constant",
         clip=None,

@@ -20,7 +20,6 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import DecoderModel
 from paperworks.testbeds.smollm2 import smollm2
-from paperworks.train.optim.paging import paged_adamw
 
 paper = Paper(
     key="qlora",
@@ -37,7 +36,7 @@ paper = Paper(
         "paperworks.adapt.apply.apply",
         "paperworks.compress.formats.fourbit.NF4",
         "paperworks.compress.linear.CompressedLinear",
-        "paperworks.train.optim.paging.PagedAdamW",
+        "paperworks.train.optim.paged_adamw.PagedAdamW",
         "paperworks.train.recomputation.recompute",
     ),
 )
@@ -76,7 +75,7 @@ def _fit(lab: Lab, model: nn.Module, windows: Tensor, steps: int, description: s
     settings = train.Settings(
         steps=steps,
         lr=1e-3,
-        weight_decay=0.0,
+        optimizer=train.PagedAdamW(budget=2**22, page=2**16, weight_decay=0.0),
         warmup=0.05,
         schedule="linear",
         min_lr=0.0,
@@ -92,7 +91,6 @@ def _fit(lab: Lab, model: nn.Module, windows: Tensor, steps: int, description: s
             train.next_token_loss,
             batches,
             settings,
-            optimizer=paged_adamw(budget=2**22, page=2**16),
             on_step=lambda step: advance(1),
             callbacks=[lambda record: losses.append(record["loss"]) if "loss" in record else None],
         )
@@ -322,9 +320,10 @@ def same_numbers(lab: Lab) -> Verdict:
 def _paged_equals_plain(lab: Lab, model: DecoderModel | nn.Module) -> bool:
     """Train two copies for three steps, with a budget of two pages and with the ordinary optimizer."""
     batches = [torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    settings = train.Settings(steps=3, lr=1e-2, seed=lab.seed, save_every=None, progress=False)
+    optimizers = (train.AdamW(), train.PagedAdamW(budget=2 * 8 * 4096, page=4096))
     models = [copy.deepcopy(model) for _ in range(2)]
-    for each, optimizer in zip(models, (None, paged_adamw(2 * 8 * 4096, page=4096)), strict=True):
-        train.fit(each, train.next_token_loss, batches, settings, optimizer=optimizer)
+    for each, optimizer in zip(models, optimizers, strict=True):
+        settings = train.Settings(steps=3, lr=1e-2, optimizer=optimizer, seed=lab.seed, save_every=None, progress=False)
+        train.fit(each, train.next_token_loss, batches, settings)
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     return all(torch.equal(one, other) for one, other in pairs)

@@ -194,7 +194,14 @@ def _taught(lab: Lab, spec: Encoder, task: Task, steps: int, seed: int, name: st
         return (task.draw(32, TRAINED, draws) for _ in range(steps))
 
     settings = train.Settings(
-        steps=steps, lr=3e-3, weight_decay=0.0, seed=seed, save_every=None, log_every=steps, progress=False, warmup=0.05
+        steps=steps,
+        lr=3e-3,
+        optimizer=train.AdamW(weight_decay=0.0),
+        seed=seed,
+        save_every=None,
+        log_every=steps,
+        progress=False,
+        warmup=0.05,
     )
     with lab.threads(1), lab.progress(name, steps) as advance:
         train.fit(model, train.next_token_loss, batches, settings, on_step=lambda _: advance(1))

@@ -161,9 +161,7 @@ def _trained(lab: Lab, spec: Seq2Seq, steps: int, name: str, *, blank: bool = Fa
     settings = train.Settings(
         steps=steps,
         lr=(64 * 400) ** -0.5,
-        betas=(0.9, 0.98),
-        eps=1e-9,
-        weight_decay=0.0,
+        optimizer=train.AdamW(betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0),
         clip=None,
         schedule=train.InverseSqrt(400),
         warmup=warmup,

@@ -135,7 +135,7 @@ def _run(lab: Lab, name: str, lr: float, seed: int, digits: Digits, other: Digit
         schedule="linear",
         warmup=0.0,
         min_lr=0.0,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         clip=None,
         seed=seed,
         save_every=None,

@@ -150,7 +150,7 @@ def _steps_to(
         lr=lr,
         schedule="constant",
         warmup=0.0,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         seed=seed,
         save_every=None,
         log_every=steps,
@@ -262,7 +262,7 @@ def small_batches(lab: Lab) -> Verdict:
                     schedule="linear",  # the last steps must not be noise, which small batches have more of
                     warmup=0.0,
                     min_lr=0.0,
-                    weight_decay=0.0,
+                    optimizer=train.AdamW(weight_decay=0.0),
                     clip=None,
                     seed=seed,
                     save_every=None,

@@ -249,7 +249,7 @@ def _trained(lab: Lab, arrangement: Arrangement, warmup: int) -> tuple[DecoderMo
         lr=RATE,
         schedule="constant",
         warmup=min(warmup, steps),
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         clip=None,
         seed=lab.seed,
         save_every=None,

@@ -227,7 +227,12 @@ def _best_network(lab: Lab, rows: Rows, passes: int, starts: int) -> nn.Module:
             orders = [torch.randperm(len(x), generator=draws).split(16) for _ in range(passes)]
             batches = [(x[chosen], y[chosen]) for order in orders for chosen in order]
             settings = train.Settings(
-                steps=len(batches), lr=rate, weight_decay=0.0, log_every=len(batches), save_every=None, progress=False
+                steps=len(batches),
+                lr=rate,
+                optimizer=train.AdamW(weight_decay=0.0),
+                log_every=len(batches),
+                save_every=None,
+                progress=False,
             )
             train.fit(model, _squared, batches, settings)
             with torch.no_grad():

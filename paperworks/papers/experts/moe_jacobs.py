@@ -151,7 +151,7 @@ def _descend(model: nn.Module, seed: int, lr: float, epochs: int, criterion: flo
         lr=lr,
         schedule="constant",
         warmup=0,
-        weight_decay=0.0,
+        optimizer=train.SGD(),
         clip=None,
         seed=seed,
         save_every=None,
@@ -160,7 +160,7 @@ def _descend(model: nn.Module, seed: int, lr: float, epochs: int, criterion: flo
     )
     batch = (x, F.one_hot(vowel, len(VOWELS)).float())
     try:
-        train.fit(model, _error, [batch], settings, optimizer=torch.optim.SGD, on_step=look)
+        train.fit(model, _error, [batch], settings, on_step=look)
     except train.Diverged:
         return None
     return met[0] if met else None

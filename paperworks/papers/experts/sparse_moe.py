@@ -211,7 +211,7 @@ def _trained(lab: Lab, spec: Feedforward, draw: Draw, seed: int, description: st
         lr=LR,
         schedule="constant",
         warmup=0,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         clip=None,
         seed=seed,
         save_every=None,

@@ -226,8 +226,7 @@ def _trained(lab: Lab, model: DecoderModel, steps: int, description: str) -> tup
     settings = train.Settings(
         steps=steps,
         lr=LR,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
+        optimizer=train.AdamW(betas=(0.9, 0.95), weight_decay=0.1),
         warmup=0.1,
         seed=lab.seed,
         save_every=None,

@@ -141,8 +141,7 @@ def _fit(
     settings = train.Settings(
         steps=steps,
         lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
+        optimizer=train.AdamW(betas=(0.9, 0.95), weight_decay=0.1),
         warmup=0.1,
         seed=seed,
         save_every=None,

@@ -133,7 +133,7 @@ def _brackets(count: int, draws: torch.Generator) -> Tensor:
 
 def _settings(lab: Lab, steps: int) -> train.Settings:
     return train.Settings(
-        steps=steps, lr=1e-3, warmup=0.1, schedule="linear", min_lr=0.0, betas=(0.9, 0.999), weight_decay=0.01,
+        steps=steps, lr=1e-3, warmup=0.1, schedule="linear", min_lr=0.0, optimizer=train.AdamW(weight_decay=0.01),
         seed=lab.seed, save_every=None, log_every=steps, progress=False,
     )  # fmt: skip
 

@@ -115,7 +115,7 @@ def _settings(lab: Lab, steps: int, lr: float) -> train.Settings:
         steps=steps,
         lr=lr,
         warmup=0.1,
-        weight_decay=0.01,
+        optimizer=train.AdamW(weight_decay=0.01),
         seed=lab.seed,
         save_every=None,
         log_every=steps,

@@ -85,7 +85,7 @@ def _trained(lab: Lab, name: str, fraction: float, steps: int) -> DecoderModel:
         steps=steps,
         lr=5e-3,
         warmup=0.05,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         seed=lab.seed,
         save_every=None,
         log_every=steps,

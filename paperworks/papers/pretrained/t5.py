@@ -139,7 +139,8 @@ def _trained(lab: Lab, spec: Seq2Seq, steps: int, name: str) -> Seq2SeqModel:
         return (_batch(play().training, 16, LENGTH, draws) for _ in range(steps))
 
     settings = train.Settings(
-        steps=steps, lr=3e-3, warmup=0.1, weight_decay=0.0, seed=lab.seed, save_every=None, log_every=steps,
+        steps=steps, lr=3e-3, warmup=0.1,
+        optimizer=train.AdamW(weight_decay=0.0), seed=lab.seed, save_every=None, log_every=steps,
         progress=False,
     )  # fmt: skip
     with lab.threads(1), lab.progress(name, steps) as advance:

@@ -31,7 +31,7 @@ def fit_ccs(
     settings = train.Settings(
         steps=lab.pick(smoke=5, small=epochs or EPOCHS),
         lr=1e-3,
-        weight_decay=0.01,
+        optimizer=train.AdamW(weight_decay=0.01),
         schedule="constant",
         warmup=0,
         clip=None,  # a common norm would tie the starts together

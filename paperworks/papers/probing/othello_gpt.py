@@ -96,7 +96,13 @@ def _nonlinear(lab: Lab, seen: Read, judged: Read, layer: int, view: str) -> flo
 
     steps = epochs * -(-len(cases) // 512)
     settings = train.Settings(
-        steps=steps, lr=2e-3, weight_decay=0.05, seed=lab.seed, save_every=None, log_every=steps, progress=False
+        steps=steps,
+        lr=2e-3,
+        optimizer=train.AdamW(weight_decay=0.05),
+        seed=lab.seed,
+        save_every=None,
+        log_every=steps,
+        progress=False,
     )
     with lab.threads(1), lab.progress(f"nonlinear probe of {view}", steps) as advance:
         train.fit(probe, loss, batches, settings, on_step=lambda step: advance(1))

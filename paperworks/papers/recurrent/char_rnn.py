@@ -21,7 +21,6 @@ from paperworks.models.classic.kneser_ney import KneserNey
 from paperworks.nn import LSTM, Elman, Mixer
 from paperworks.nn.identity_norm import NoNorm
 from paperworks.testbeds.characters import play
-from paperworks.train.optim.clipping import clipped_by_value
 from paperworks.train.streams import Streams
 
 paper = Paper(
@@ -38,7 +37,7 @@ paper = Paper(
     implements=(
         "paperworks.nn.recurrent.classic.LSTM",
         "paperworks.train.streams.Streams",
-        "paperworks.train.optim.clipping.clipped_by_value",
+        "paperworks.train.optim.clipping.ClipByValue",
     ),
 )
 
@@ -163,12 +162,13 @@ def _fitted(lab: Lab, spec: Decoder, streams: Streams, steps: int, lr: float, na
     torch.manual_seed(lab.seed)
     model = spec.build()
     settings = train.Settings(
-        steps=steps, lr=lr, warmup=0.0, clip=None, weight_decay=0.0, seed=lab.seed, save_every=None, log_every=steps,
+        steps=steps, lr=lr, warmup=0.0, clip=None,
+        optimizer=train.ClipByValue(optimizer=train.RMSprop(alpha=0.95), limit=CLIP),
+        seed=lab.seed, save_every=None, log_every=steps,
         progress=False,
     )  # fmt: skip
-    rmsprop = clipped_by_value(lambda groups: torch.optim.RMSprop(groups, alpha=0.95), CLIP)
     with lab.threads(1), lab.progress(name, steps) as advance:
-        train.fit(model, streams.loss, streams, settings, optimizer=rmsprop, on_step=lambda _: advance(1))
+        train.fit(model, streams.loss, streams, settings, on_step=lambda _: advance(1))
     return model.eval()
 
 

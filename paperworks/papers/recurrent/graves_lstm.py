@@ -22,7 +22,6 @@ from paperworks.models.classic.handwriting import (
 from paperworks.nn import LSTM, Placement
 from paperworks.nn.mixture_density import StrokeDensity, StrokeMixture
 from paperworks.testbeds.strokes import Hand, Strokes
-from paperworks.train.optim.rmsprop_graves import RMSPropGraves
 
 paper = Paper(
     key="graves-lstm",
@@ -119,15 +118,13 @@ def _fitted(lab: Lab, components: int, steps: int, name: str) -> HandwritingMode
         return (HAND.draw(ROWS, (2, 4), draws).batch() for _ in range(steps))
 
     settings = train.Settings(
-        steps=steps, lr=RATE, weight_decay=0.0, clip=None, seed=lab.seed, save_every=None, log_every=steps,
+        steps=steps, lr=RATE,
+        optimizer=train.RMSPropGraves(), clip=None, seed=lab.seed, save_every=None, log_every=steps,
         progress=False,
     )  # fmt: skip
 
-    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return RMSPropGraves([{"params": group["params"]} for group in groups], lr=RATE)
-
     with lab.threads(1), lab.progress(name, steps) as advance:
-        train.fit(model, handwriting_loss, batches, settings, optimizer=optimizer, on_step=lambda _: advance(1))
+        train.fit(model, handwriting_loss, batches, settings, on_step=lambda _: advance(1))
     return model.eval()
 
 

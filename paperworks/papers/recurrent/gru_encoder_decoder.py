@@ -144,7 +144,13 @@ def _trained(lab: Lab, spec: Seq2Seq, steps: int, name: str) -> Seq2SeqModel:
         return (_sentences(64, length, draws) for length in lengths.tolist())
 
     settings = train.Settings(
-        steps=steps, lr=5e-3, weight_decay=0.0, seed=lab.seed, save_every=None, log_every=steps, progress=False
+        steps=steps,
+        lr=5e-3,
+        optimizer=train.AdamW(weight_decay=0.0),
+        seed=lab.seed,
+        save_every=None,
+        log_every=steps,
+        progress=False,
     )
     with lab.threads(1), lab.progress(name, steps) as advance:
         train.fit(model, _loss, batches, settings, on_step=lambda _: advance(1))

@@ -80,13 +80,9 @@ def _network(vocab_size: int) -> Decoder:
     return Decoder(vocab_size=vocab_size, dim=HIDDEN, depth=1, block=block, norm=None, init_std=0.1)
 
 
-def _sgd(rate: float) -> Any:
-    return lambda groups: torch.optim.SGD(groups, lr=rate)
-
-
 def _settings(steps: int, rate: float, clip: float | None) -> train.Settings:
     return train.Settings(
-        steps=steps, lr=rate, schedule="constant", warmup=0, weight_decay=0.0, clip=clip, save_every=None,
+        steps=steps, lr=rate, schedule="constant", warmup=0, optimizer=train.SGD(), clip=clip, save_every=None,
         log_every=steps, progress=False,
     )  # fmt: skip
 
@@ -100,7 +96,7 @@ def _fitted(lab: Lab, words: Words, epochs: int) -> tuple[DecoderModel, list[flo
     with lab.threads(1), lab.progress("epochs", epochs * len(streams)) as advance:
         for _ in range(epochs):
             settings = _settings(len(streams), rate, clip=1.0)
-            train.fit(model, streams.loss, streams, settings, optimizer=_sgd(rate), on_step=lambda _: advance(1))
+            train.fit(model, streams.loss, streams, settings, on_step=lambda _: advance(1))
             scores = stream_log_probabilities(model, words.validation)
             perplexities.append(_perplexity(words, scores, "validation"))
             halving = halving or (len(perplexities) > 1 and perplexities[-1] > 0.99 * perplexities[-2])
@@ -180,7 +176,7 @@ def _learned_first(model: DecoderModel, text: Tensor) -> Tensor:
     model, found = copy.deepcopy(model), []
     for at in range(1, len(text)):
         pair = text[None, at - 1 : at + 1]
-        train.fit(model, train.next_token_loss, [pair], _settings(1, DYNAMIC_RATE, None), optimizer=_sgd(DYNAMIC_RATE))
+        train.fit(model, train.next_token_loss, [pair], _settings(1, DYNAMIC_RATE, None))
         found.append(stream_log_probabilities(model, text[at - 1 : at + 1]))
     return torch.cat(found)
 
@@ -253,7 +249,7 @@ def learns_from_what_it_reads(lab: Lab) -> Verdict:
         advance(1)
         more, streams = copy.deepcopy(model), Streams(words.training[:count], batch=1, length=CHUNK)
         settings = _settings(len(streams), CHUNK * DYNAMIC_RATE, None)  # fit takes the mean of the chunk, not its sum
-        train.fit(more, streams.loss, streams, settings, optimizer=_sgd(CHUNK * DYNAMIC_RATE))
+        train.fit(more, streams.loss, streams, settings)
         further = stream_log_probabilities(more, text)
         advance(1)
     both = [0.5, 0.5]

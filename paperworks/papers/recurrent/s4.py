@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,6 @@ from paperworks.nn import LSTM, LayerNorm, Mixer, NoNorm, Placement
 from paperworks.nn.recurrent.hippo import legendre, legs, legs_modes
 from paperworks.nn.recurrent.s4 import S4, S4Module
 from paperworks.testbeds.digits import classified, draw, taught
-from paperworks.train.optim.optimizers import MakeOptimizer
 
 paper = Paper(
     key="s4",
@@ -171,31 +170,23 @@ class Reader(nn.Module):
         return self.output(self.norm(read))
 
 
-def _adamw(model: nn.Module) -> MakeOptimizer:
-    """AdamW whose state-space parameters have a rate of their own, at most `RATE`."""
+def _state_space_group(model: nn.Module, lr: float) -> tuple[train.Group, ...]:
+    """Group that gives the state-space parameters a rate of their own, at most `RATE`."""
     own = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, S4Module)
         for parameter in module.state_space_parameters()
     }
-
-    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        parted = []
-        for group in groups:
-            for inside in (False, True):
-                members = [parameter for parameter in group["params"] if (id(parameter) in own) == inside]
-                rate = min(RATE, group["lr"]) if inside else group["lr"]
-                parted.append({**group, "params": members, "lr": rate})
-        return torch.optim.AdamW([group for group in parted if group["params"]])
-
-    return make
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in own]
+    return (train.Group(f"{{{','.join(names)}}}", lr_factor=min(RATE, lr) / lr),) if names else ()
 
 
-def _settings(lab: Lab, steps: int, lr: float) -> train.Settings:
+def _settings(lab: Lab, model: nn.Module, steps: int, lr: float) -> train.Settings:
     return train.Settings(
         steps=steps,
         lr=lr,
+        groups=_state_space_group(model, lr),
         warmup=0.05,
         seed=lab.seed,
         save_every=None,
@@ -207,8 +198,8 @@ def _settings(lab: Lab, steps: int, lr: float) -> train.Settings:
 def _reading(lab: Lab, name: str, model: Reader, edge: int, steps: int) -> float:
     """Teach the model to read digits of `edge` by `edge` pixels; return the share of new ones that it gets right."""
     count, tests = lab.pick(smoke=(64, 64), small=(16000, 2000))
-    settings = _settings(lab, steps, 5e-3)
-    taught(lab, model, draw(count, 1, side=edge), settings, f"digits, {name}", rows=32, optimizer=_adamw(model))
+    settings = _settings(lab, model, steps, 5e-3)
+    taught(lab, model, draw(count, 1, side=edge), settings, f"digits, {name}", rows=32)
     return 1 - classified(lab, model, draw(tests, 3, side=edge))[1]
 
 
@@ -307,7 +298,7 @@ def delays_a_signal(lab: Lab) -> Verdict:
                         total, count = loss(model, test)
                     curve.append(float(total) / count)
 
-            train.fit(model, loss, batches, _settings(lab, steps, 5e-3), optimizer=_adamw(model), on_step=step)
+            train.fit(model, loss, batches, _settings(lab, model, steps, 5e-3), on_step=step)
     with lab.figure("delay") as figure:
         axes = figure.subplots()
         at = [every * (index + 1) for index in range(len(curves["S4"]))]

@@ -208,7 +208,7 @@ def fits_fresh_maps(lab: Lab) -> Verdict:
             steps=steps,
             lr=3e-3,
             warmup=0.05,
-            weight_decay=0.0,
+            optimizer=train.AdamW(weight_decay=0.0),
             seed=lab.seed,
             save_every=None,
             log_every=steps,

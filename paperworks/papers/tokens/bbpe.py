@@ -264,7 +264,13 @@ def _taught(lab: Lab, arm: str, tokenizer: RankTokenizer, steps: int) -> tuple[S
             yield _rows(words, source, target, tokenizer)
 
     settings = train.Settings(
-        steps=steps, lr=3e-3, weight_decay=0.0, seed=lab.seed, save_every=None, log_every=steps, progress=False
+        steps=steps,
+        lr=3e-3,
+        optimizer=train.AdamW(weight_decay=0.0),
+        seed=lab.seed,
+        save_every=None,
+        log_every=steps,
+        progress=False,
     )
     with lab.threads(1), lab.progress(arm, steps) as advance:
         report = train.fit(model, _loss, batches, settings, on_step=lambda _: advance(1))

@@ -112,7 +112,8 @@ def _factorized(lab: Lab, power: float) -> Float[Tensor, "words words"]:
             yield pairs // WORDS, pairs % WORDS, against
 
     settings = train.Settings(
-        steps=steps, lr=0.01, schedule="linear", warmup=0, min_lr=0, weight_decay=0, clip=None, seed=lab.seed,
+        steps=steps, lr=0.01, schedule="linear", warmup=0, min_lr=0,
+        optimizer=train.AdamW(weight_decay=0), clip=None, seed=lab.seed,
         save_every=None, log_every=steps, progress=False,
     )  # fmt: skip
     with lab.threads(1), lab.progress(f"noise to the power {power:g}", steps) as advance:

@@ -34,17 +34,17 @@ PATIENCE = timedelta(minutes=30)
 
 
 def processes() -> int:
-    """Return how many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if _several() else 1
 
 
 def rank() -> int:
-    """Return which of them this is, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if _several() else 0
 
 
 def is_first() -> bool:
-    """Return whether this process is the one that writes."""
+    """Whether this process is the one that writes."""
     return rank() == 0
 
 
@@ -112,14 +112,14 @@ def replicate(model: nn.Module) -> None:
     """Let every process start from the first one's weights, but for those that each keeps for itself."""
     if processes() == 1:
         return
-    apart = tensors_kept_apart(model)
+    local = tensors_kept_apart(model)
     for tensor in chain(model.parameters(), model.buffers()):
-        if id(tensor) not in apart:
+        if id(tensor) not in local:
             dist.broadcast(tensor.detach(), 0)
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Return `batch` with every tensor in its mappings, lists and tuples on `device`; other values as they are."""
+    """`batch` with every tensor in its mappings, lists and tuples on `device`; other values as they are."""
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -132,11 +132,11 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def share(batch: T, index: int, accumulate: int) -> tuple[T, float] | None:
-    """Return what this process computes of a step's micro-batch number `index`, and which share of its rows that is.
+    """Rows of a step's micro-batch number `index` that this process computes, and their share of all its rows.
 
-    None: another process computes it.
+    None where another process computes it.
 
-    Raises ValueError when rows must be shared out and there are too few, or none can be told apart.
+    Raises ValueError when rows must be shared out and there are too few, or the tensors have no common number of rows.
     """
     count = processes()
     if count == 1:
@@ -177,7 +177,7 @@ def _rows(batch: Any, total: int, part: slice) -> Any:
 
 
 def totals(*numbers: Any) -> list[Any]:
-    """Return the sum of each number over all processes, in float64: floats for floats, tensors on a GPU for tensors."""
+    """Sum of each number over all processes, in float64: floats for floats, tensors on a GPU for tensors."""
     if processes() == 1:
         return list(numbers)
     on_device = [number for number in numbers if isinstance(number, Tensor) and number.device.type != "cpu"]
@@ -187,9 +187,9 @@ def totals(*numbers: Any) -> list[Any]:
     return list(stacked.unbind()) if on_device else stacked.tolist()
 
 
-def agree(wish: bool) -> bool:
-    """Return whether any process wishes it."""
-    return totals(float(wish))[0] > 0
+def any_process(condition: bool) -> bool:
+    """Whether the condition holds in any process."""
+    return totals(float(condition))[0] > 0
 
 
 @torch.no_grad()
@@ -231,10 +231,10 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def drawing_apart() -> Iterator[None]:
-    """Give each process draws of its own inside the block (dropout), and leave the common generators in step.
+def rank_local_draws() -> Iterator[None]:
+    """Give each process random draws of its own inside the block (dropout), and restore the generator afterwards.
 
-    What comes next (the order of batches, say) is then drawn alike everywhere, however much each drew inside.
+    What is drawn after the block (the order of batches, say) is then the same in all processes.
     """
     if processes() == 1:
         yield
@@ -249,5 +249,5 @@ def drawing_apart() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     totals(0.0)

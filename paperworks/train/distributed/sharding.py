@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from paperworks.train.distributed import distribution
-from paperworks.train.distributed.apart import Apart
+from paperworks.train.distributed.rank_local import RankLocalState
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Share out the model's parameters in place, block by block; its weights become DTensors.
+    """Distribute the model's parameters over processes in place, block by block; its weights become DTensors.
 
     Blocks are the children of the model's module lists. Gradients are summed over processes, not averaged: the loop
     divides by the elements of all. Does nothing in one process.
@@ -38,8 +38,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
             register_fsdp_forward_method(model, name)
 
 
-def is_shared_out(tensor: Any) -> bool:
-    """Return whether this process holds a share of the tensor only."""
+def is_sharded(tensor: Any) -> bool:
+    """Whether this process holds only a share of the tensor."""
     if not (isinstance(tensor, Tensor) and dist.is_available()):
         return False
     from torch.distributed.tensor import DTensor
@@ -48,20 +48,20 @@ def is_shared_out(tensor: Any) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor; all processes must ask for it together."""
+    """Whole tensor, gathered from all processes, which must call this together."""
     full: Any = tensor
-    return full.full_tensor() if is_shared_out(tensor) else tensor
+    return full.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
+    """Part of a tensor that this process holds."""
     part: Any = tensor
-    return part.to_local() if is_shared_out(tensor) else tensor
+    return part.to_local() if is_sharded(tensor) else tensor
 
 
 def like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """Return `tensor` shared out as `pattern` is."""
-    if not is_shared_out(pattern) or is_shared_out(tensor):
+    """`tensor`, distributed over processes as `pattern` is."""
+    if not is_sharded(pattern) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -70,9 +70,9 @@ def like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state as whole tensors, after training with `Settings(sharded=True)` or `ParallelExperts`.
+    """State of the model as whole tensors, after training with `Settings(sharded=True)` or `ParallelExperts`.
 
     Every process must call it; each gets all of it. Experts that others keep come on the CPU.
     """
     here = {name: whole(value).detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return Apart(model).whole(here)
+    return RankLocalState(model).whole(here)

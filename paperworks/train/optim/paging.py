@@ -1,8 +1,9 @@
-"""AdamW whose state lives in host memory, in pages that visit the device (QLoRA, Dettmers et al. 2023, Section 3).
+"""The torch optimizer of `PagedAdamW`: pages of AdamW's state move between host and device (QLoRA, Section 3).
 
-The paper lets the driver move pages of unified memory. Here it is done openly, on any device: the two averages of every
-parameter are kept whole on the host (pinned where that helps), and the step works through them page by page. Pages stay
-on the device up to a budget; the one used longest ago leaves first. The numbers are those of the ordinary AdamW.
+The paper lets the driver move pages of unified memory. Here the optimizer moves them itself, on any device: the two
+averages of every parameter are kept whole on the host (pinned where that helps), and the step works through them page
+by page. Pages stay on the device up to a budget; the least recently used one leaves first. The numbers are those of the
+ordinary AdamW.
 """
 
 from collections import OrderedDict
@@ -14,17 +15,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
-from paperworks.train.optim.optimizers import FUSED_DEVICES, FUSED_DTYPES, MakeOptimizer
-
-PAGE = 2**20  # numbers of each average in a page: 8 MiB in float32, large enough for the bus to run at its full rate
-_ALIGNED = 64  # vectorized loops treat the end of a tensor apart: pages end where whole vectors do
-
-
-def paged_adamw(
-    budget: int, *, page: int = PAGE, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-) -> MakeOptimizer:
-    """Return what `train.fit` takes as `optimizer`: AdamW with at most `budget` bytes of state on the device."""
-    return lambda groups: PagedAdamW(groups, budget=budget, page=page, betas=betas, eps=eps)
+from paperworks.train.optim.fused import has_fused_kernels
+from paperworks.train.optim.paged_adamw import ALIGNED, PAGE
 
 
 class _Page(NamedTuple):
@@ -42,7 +34,7 @@ class _Page(NamedTuple):
             home.copy_(copy)
 
 
-class PagedAdamW(AdamW):
+class PagedAdamWOptimizer(AdamW):
     """AdamW, bit for bit, with its state on the host and at most `budget` bytes of it on the device.
 
     Attributes:
@@ -61,11 +53,11 @@ class PagedAdamW(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
-        if page < 1 or page % _ALIGNED:
-            raise ValueError(f"page must be a positive multiple of {_ALIGNED} numbers, got {page}")
+        if page < 1 or page % ALIGNED:
+            raise ValueError(f"page must be a positive multiple of {ALIGNED} numbers, got {page}")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        fused = all(p.device.type in FUSED_DEVICES and p.dtype in FUSED_DTYPES for p in parameters)
+        fused = has_fused_kernels(self.param_groups)
         for group in self.param_groups:
             group["fused"] = fused or None
         self._step_supports_amp_scaling = fused  # such a step can be left out on the device (see train.step)
@@ -122,7 +114,7 @@ class PagedAdamW(AdamW):
         state["step"] = step
 
     def _fetch(self, parameter: Tensor, start: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return a page on the device, after making room for it."""
+        """Page on the device: its two averages, after making room for it."""
         key = (parameter, start)
         if key in self._pages:
             self._pages.move_to_end(key)
@@ -142,13 +134,13 @@ class PagedAdamW(AdamW):
         return page.copies
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as the ordinary AdamW's, after writing every page back."""
+        """State in the ordinary AdamW's layout, after writing every page back."""
         for page in self._pages.values():
             page.write_back()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a paged or of an ordinary AdamW."""
+        """Load the state of a paged or of an ordinary AdamW."""
         own = [group["fused"] for group in self.param_groups]
         Optimizer.load_state_dict(self, state_dict)
         self._pages.clear()
@@ -167,6 +159,6 @@ class PagedAdamW(AdamW):
 
 
 def _host(parameter: Tensor) -> Tensor:
-    """Return zeros for one average of a parameter in host memory."""
+    """Zeros of the parameter's shape in host memory, for one average."""
     pinned = parameter.device.type == "cuda"
     return torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=pinned)

@@ -17,30 +17,30 @@ class Interrupted(KeyboardInterrupt):
         self.report = report
 
 
-class Wish:
-    """Whether somebody wishes the run to stop."""
+class StopRequest:
+    """Whether Ctrl-C has been pressed."""
 
-    stop = False
+    pending = False
 
 
 @contextmanager
-def listening() -> Iterator[Wish]:
-    """Turn the first Ctrl-C inside the block into a wish; the second interrupts at once.
+def deferred_interrupt() -> Iterator[StopRequest]:
+    """Record the first Ctrl-C inside the block as a request; the second interrupts at once.
 
     Outside the main thread, where Python delivers no signals, nothing is changed.
     """
-    wish = Wish()
+    request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if wish.stop:
+        if request.pending:
             raise KeyboardInterrupt
-        wish.stop = True
+        request.pending = True
 
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield request
         return
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield wish
+        yield request
     finally:
         signal.signal(signal.SIGINT, before)

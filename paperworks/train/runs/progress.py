@@ -1,9 +1,13 @@
 """The progress bar: loss, learning rate, speed and remaining time, on a terminal only, a few times a second."""
 
+from __future__ import annotations
+
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # A person reads no faster, and drawing takes about a millisecond.
 SECONDS_BETWEEN_DRAWINGS = 0.2
@@ -20,14 +24,16 @@ class Bar:
         self._next = 0.0
         self._started, self._counted = time.monotonic(), 0.0
         if shown if shown is not None else sys.stdout.isatty():
+            from rich import progress  # here, because importing it costs 0.2 s
+
             columns = (
-                TextColumn("[bold]training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[said]}"),
+                progress.TextColumn("[bold]training"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[said]}"),
             )
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            self._progress = Progress(*columns, *times, auto_refresh=False)
+            times = (progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn())
+            self._progress = progress.Progress(*columns, *times, auto_refresh=False)
             self._task = self._progress.add_task("training", total=steps, completed=done, said="")
             self._progress.start()
 
@@ -49,6 +55,6 @@ class Bar:
         self._progress.refresh()
 
     def close(self) -> None:
-        """Leave it as it stands."""
+        """Stop drawing."""
         if self._progress is not None:
             self._progress.stop()

@@ -1,4 +1,4 @@
-"""Everything that a resumed run needs to go on as if nothing had happened, gathered and put back."""
+"""State of a run: what a checkpoint captures, and a resumed run restores."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from paperworks.train.distributed import distribution, sharding
 from paperworks.train.runs import checkpoint, randomness
 from paperworks.train.runs.weights import Weights
 from paperworks.train.settings import Settings, differences, rates_digest
-from paperworks.train.step import Diverged
+from paperworks.train.step_log import Diverged
 
-# What a group says about where its parameters are and how fast they learn right now, not about the optimizer.
-_PASSING = frozenset({"params", "param_names", "lr", "initial_lr"})
+# Entries of a group that are not settings of the optimizer: its parameters and their rate at this step.
+_TRANSIENT = frozenset({"params", "param_names", "lr", "initial_lr"})
 
 
 class State:
@@ -35,14 +35,14 @@ class State:
         self._rates, self._rates_until = 0, 0
         self._groups = _described(optimizer)
         self._weights = Weights(model)
-        self._apart = self._weights.apart
+        self._rank_local = self._weights.rank_local
         self._own_names = self._names()
-        self._all_names = [self._apart.in_order(group) for group in self._own_names]
+        self._all_names = [self._rank_local.in_order(group) for group in self._own_names]
 
     def save(self, folder: Path, seconds: float) -> None:
         """Write a checkpoint. Raises Diverged rather than write weights that are not finite."""
-        if unsound := self._weights.first_unsound():
-            raise Diverged(f"after step {self.step} the weight {unsound} is not finite; it was not saved")
+        if broken := self._weights.first_not_finite():
+            raise Diverged(f"after step {self.step} the weight {broken} is not finite; it was not saved")
         self._rates = rates_digest(self.settings, self.step, self._rates_until, self._rates)
         self._rates_until = self.step
         tensors, manifest = self._weights.capture()
@@ -63,7 +63,7 @@ class State:
             checkpoint.write(folder, tensors, state)
 
     def resume(self, folder: Path) -> None:
-        """Go to where `folder` was saved. Raises ValueError that lists every difference between that run and this."""
+        """Restore the state saved in `folder`. Raises ValueError that lists how that run differs from this one."""
         saved = checkpoint.read_state(folder)
         try:
             found = differences(saved["settings"], saved["rates"], saved["step"], self.settings)
@@ -81,7 +81,7 @@ class State:
     def _restore(self, saved: dict[str, Any], folder: Path) -> None:
         self._weights.restore(checkpoint.read_weights(folder), saved["weights"])
         optimizer = saved["optimizer"]
-        self._restore_optimizer(self._apart.own_optimizer(optimizer["state"], optimizer["names"], self._own_names))
+        self._restore_optimizer(self._rank_local.own_optimizer(optimizer["state"], optimizer["names"], self._own_names))
         self.scaler.load_state_dict(saved["scaler"])
         self.source.restore(saved["batches"])
         self.step, self.seconds, self.counted = saved["step"], saved["seconds"], saved["counted"]
@@ -96,7 +96,7 @@ class State:
             restored = self.optimizer.state[parameter]
             for name, value in entries.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    restored[name] = sharding.like(restored[name], parameter)
+                    restored[name] = _laid_out(sharding.like(restored[name], parameter), parameter)
                     value = sharding.like(value, parameter)
                 # Torch casts an optimizer's state to the dtype of the weight; one kept wider on purpose stays so.
                 if isinstance(value, Tensor) and restored[name].dtype != value.dtype:
@@ -108,7 +108,7 @@ class State:
 
     def _optimizer_state(self) -> Any:
         state = _whole(self.optimizer.state_dict())
-        return self._apart.whole_optimizer(state, self._own_names, keep=distribution.is_first())
+        return self._rank_local.whole_optimizer(state, self._own_names, keep=distribution.is_first())
 
     def _names(self) -> list[list[str]]:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -130,7 +130,7 @@ class State:
 
 
 def _whole(tree: Any) -> Any:
-    """Gather what is shared out among processes."""
+    """Tree with whole tensors in place of sharded ones."""
     if isinstance(tree, dict):
         return {name: _whole(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -138,12 +138,22 @@ def _whole(tree: Any) -> Any:
     return sharding.whole(tree) if isinstance(tree, Tensor) else tree
 
 
+def _laid_out(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """The tensor with the strides of `pattern`, which optimizers give their state; a file holds rows in order.
+
+    Kernels may take another path, with another rounding, where strides differ.
+    """
+    if sharding.is_sharded(tensor) or tensor.stride() == pattern.stride():
+        return tensor
+    return torch.empty_like(pattern, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def _described(optimizer: Optimizer) -> list[dict[str, str]]:
-    return [{key: repr(group[key]) for key in group if key not in _PASSING} for group in optimizer.param_groups]
+    return [{key: repr(group[key]) for key in group if key not in _TRANSIENT} for group in optimizer.param_groups]
 
 
 def _moved(before: list[list[str]], after: list[list[str]]) -> list[str]:
-    """Say which parameters an optimizer holds in another group, no longer, or newly."""
+    """Parameters that an optimizer holds in another group, no longer, or newly; one sentence each."""
     was = {name: index for index, names in enumerate(before) for name in names}
     now = {name: index for index, names in enumerate(after) for name in names}
     found = [

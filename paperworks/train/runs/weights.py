@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.train.distributed import distribution, sharding
-from paperworks.train.distributed.apart import Apart
+from paperworks.train.distributed.rank_local import RankLocalState
 from paperworks.train.runs import trees
 
 
@@ -21,7 +21,7 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.apart = Apart(model)
+        self.rank_local = RankLocalState(model)
         named = dict(model.named_parameters(remove_duplicate=False))
         partly = any(not parameter.requires_grad for parameter in named.values())
         self.trained = {name for name, parameter in named.items() if parameter.requires_grad}
@@ -33,21 +33,21 @@ class Weights:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
 
-    def first_unsound(self) -> str | None:
-        """Return the name of the first trained parameter with a value that is not finite."""
+    def first_not_finite(self) -> str | None:
+        """Name of the first trained parameter with a value that is not finite."""
         found = None
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not torch.isfinite(sharding.local(parameter)).all():
                 found = name
                 break
-        if distribution.agree(found is not None):
+        if distribution.any_process(found is not None):
             return found or "(one that another process holds)"
         return None
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors to write and the manifest that tells how they make up the state again.
+        """Tensors to write, and the manifest from which `restore` puts the state together again.
 
-        Of what each process keeps for itself only the first one, which writes, gets all.
+        Rank-local tensors of all processes reach only the first one, which writes.
         """
         stored: dict[str, Tensor] = {}
         manifest: dict[str, Any] = {"stored": {}, "aliases": {}, "left_out": {}, "others": {}}
@@ -66,14 +66,14 @@ class Weights:
                 first[same] = name
                 stored[name] = sharding.whole(value)
                 manifest["stored"][name] = _kind(value)
-        return self.apart.whole(stored, keep=distribution.is_first()), self.apart.whole_manifest(manifest)
+        return self.rank_local.whole(stored, keep=distribution.is_first()), self.rank_local.whole_manifest(manifest)
 
     def differences(self, manifest: dict[str, Any]) -> list[str]:
-        """List what in this model is not as in the model the manifest was captured from."""
+        """Differences between this model and the one the manifest was captured from, one sentence each."""
         saved = dict(manifest["stored"])
         saved |= {name: saved[first] for name, first in manifest["aliases"].items()}
         saved |= {name: kind[:2] for name, kind in manifest["left_out"].items()}
-        saved = {name: kind for name, kind in saved.items() if name not in self.apart.elsewhere}
+        saved = {name: kind for name, kind in saved.items() if name not in self.rank_local.held_elsewhere}
         now = {name: _kind(tensor) for name, tensor in self._tensors().items()}
         found = [f"weight {name}: was {_said(saved[name])}, is missing now" for name in saved if name not in now]
         found += [f"weight {name}: is new, {_said(now[name])}" for name in now if name not in saved]
@@ -81,13 +81,13 @@ class Weights:
             if name in now and saved[name] != now[name]:
                 found.append(f"weight {name}: was {_said(saved[name])}, now {_said(now[name])}")
         for name, kind in manifest["left_out"].items():
-            if name in self.apart.elsewhere:
+            if name in self.rank_local.held_elsewhere:
                 continue
             if name in self.trained:
                 found.append(f"weight {name}: was frozen, is trained now")
             elif now.get(name) == kind[:2] and self._fingerprint_now(name) != kind[2]:
                 found.append(f"weight {name}: is frozen, but its values are not those the run began with")
-        return self.apart.united(found)
+        return self.rank_local.combined(found)
 
     def _fingerprint_now(self, name: str) -> int:
         return self.at_start[name] if name in self.at_start else fingerprint(self._tensors()[name])
@@ -114,5 +114,5 @@ def _said(kind: list[Any]) -> str:
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """Return a checksum of the bytes of a tensor."""
+    """Checksum of the bytes of a tensor."""
     return zlib.crc32(sharding.whole(tensor.detach()).to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)

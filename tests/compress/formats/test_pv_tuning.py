@@ -194,9 +194,12 @@ def test_the_training_loop_tunes_codes_and_values_and_the_layers_store_them(form
         return F.mse_loss(model(batch), y)
 
     before, held = float(loss(dense, x)), {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    settings = train.Settings(steps=25, lr=1e-3, warmup=0, progress=False, save_every=None)
+    settings = train.Settings(
+        steps=25, lr=1e-3, warmup=0, progress=False, save_every=None,
+        optimizer=lambda groups: PVTuning(dense, 3e-3, 0.2, 0.02, decay=1.0),
+    )  # fmt: skip
     with tunable(dense):
-        train.fit(dense, loss, [x], settings, optimizer=lambda groups: PVTuning(dense, 3e-3, 0.2, 0.02, decay=1.0))
+        train.fit(dense, loss, [x], settings)
         inside = float(loss(dense, x))
     after = dense.state_dict()
     assert isinstance(dense[0], CompressedLinear)

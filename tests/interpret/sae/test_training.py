@@ -6,15 +6,14 @@ import torch
 from paperworks import train
 from paperworks.interpret import sae
 
-QUIET = {"schedule": "constant", "warmup": 0, "weight_decay": 0.0, "progress": False, "log_every": 5}
+QUIET = {"schedule": "constant", "warmup": 0, "progress": False, "log_every": 5}
 
 
 def fit(model, steps=20, data=None, **options):
     data = data or sae.Planted(features=24, dim=8, rate=0.1)
     training = sae.Training(model, options.pop("total", steps), **options.pop("training", {}))
-    settings = train.Settings(steps=steps, lr=1e-2, seed=0, save_every=None, **QUIET)
-    if training.resampling is not None:
-        options["optimizer"] = training.optimizer
+    optimizer = train.AdamW(weight_decay=0.0) if training.resampling is None else training.optimizer
+    settings = train.Settings(steps=steps, lr=1e-2, optimizer=optimizer, seed=0, save_every=None, **QUIET)
     report = train.fit(
         model, training.loss, lambda epoch: data.batches(64, 20), settings, on_step=training.after_step, **options
     )
@@ -123,7 +122,7 @@ def test_impossible_resampling_is_refused():
     with pytest.raises(ValueError, match="steps is 0"):
         sae.Training(model, 0)
     training = sae.Training(model, 5, resampling=sae.Resampling((1,), 1, lambda: torch.randn(9, 2)))
-    with pytest.raises(ValueError, match=r"pass optimizer=training.optimizer"):
+    with pytest.raises(ValueError, match=r"pass Settings\(optimizer=training.optimizer\)"):
         training.after_step(1)
 
 

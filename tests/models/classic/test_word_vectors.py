@@ -301,9 +301,9 @@ def test_it_learns_through_the_one_loop_with_dense_and_sparse_gradients_alike():
     for sparse in (False, True):
         torch.manual_seed(0)
         model = WordVectors(vocab_size=8, dim=4, sparse=sparse).build()
-        plan = train.Settings(steps=26, lr=0.05, schedule="linear", warmup=0, min_lr=0, weight_decay=0, clip=1.0,
+        plan = train.Settings(steps=26, lr=0.05, schedule="linear", warmup=0, min_lr=0, optimizer=train.SGD(), clip=1.0,
                               save_every=None, progress=False)  # fmt: skip
-        report = train.fit(model, word_vector_loss, batches, plan, optimizer=lambda g: torch.optim.SGD(g, lr=0.05))
+        report = train.fit(model, word_vector_loss, batches, plan)
         weights.append(model.input.weight.detach())
     torch.testing.assert_close(*weights)
     assert report.steps == 26

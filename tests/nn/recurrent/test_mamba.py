@@ -12,7 +12,7 @@ from paperworks.nn import Mamba, Placement, RMSNorm
 from paperworks.nn.recurrent import mamba
 from paperworks.nn.recurrent.mamba import selective_scan
 from paperworks.nn.recurrent.recurrence import linear_recurrence
-from paperworks.train.optim.optimizers import undecayed
+from paperworks.train.optim.parameter_groups import undecayed
 
 
 def draws(*shape, seed=0):

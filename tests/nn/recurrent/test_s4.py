@@ -151,7 +151,7 @@ def test_half_precision_keeps_the_state_space_in_float32():
 
 
 def test_state_space_parameters_are_not_decayed():
-    from paperworks.train.optim.optimizers import undecayed
+    from paperworks.train.optim.parameter_groups import undecayed
 
     module = S4(state=8).build(4)
     own = module.state_space_parameters()

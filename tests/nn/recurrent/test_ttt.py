@@ -206,7 +206,7 @@ def test_it_begins_as_the_reference_does():
 
 
 def test_inner_biases_and_gains_are_not_decayed():
-    from paperworks.train.optim.optimizers import undecayed
+    from paperworks.train.optim.parameter_groups import undecayed
 
     module = TTT(heads=2, inner="mlp").build(8)
     left = undecayed(module)

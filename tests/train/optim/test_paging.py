@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from paperworks import train
-from paperworks.train.optim.paging import PagedAdamW, paged_adamw
+from paperworks.train.optim.paging import PagedAdamWOptimizer
 from tests.train.small import classifier, examples, mean_loss, same_bits, weights
 
-SETTINGS = train.Settings(steps=12, lr=3e-2, weight_decay=0.1, progress=False, save_every=5)
+SETTINGS = train.Settings(steps=12, lr=3e-2, optimizer=train.AdamW(weight_decay=0.1), progress=False, save_every=5)
+
+PAGED = replace(SETTINGS, optimizer=train.PagedAdamW(budget=600, page=64, weight_decay=0.1))
 
 
 def parameters(dtype=torch.float32, seed=0):
@@ -28,7 +32,7 @@ def take(optimizer, held, steps, seed=1):
 def test_it_equals_torchs_adamw_bit_for_bit(dtype, pages_in_budget):
     held, plain = parameters(dtype), parameters(dtype)
     size = 64 * 2 * held[0].element_size()
-    paged = PagedAdamW(held, budget=pages_in_budget * size, page=64, lr=1e-2, weight_decay=0.1)
+    paged = PagedAdamWOptimizer(held, budget=pages_in_budget * size, page=64, lr=1e-2, weight_decay=0.1)
     ordinary = torch.optim.AdamW(plain, lr=1e-2, weight_decay=0.1, fused=True)
     take(paged, held, 5)
     take(ordinary, plain, 5)
@@ -40,7 +44,7 @@ def test_it_equals_torchs_adamw_bit_for_bit(dtype, pages_in_budget):
 
 def test_pages_leave_when_the_budget_is_full_the_oldest_first():
     held = [nn.Parameter(torch.zeros(64)) for _ in range(3)]
-    paged = PagedAdamW(held, budget=2 * 512, page=64)  # two pages of 2 x 64 float32
+    paged = PagedAdamWOptimizer(held, budget=2 * 512, page=64)  # two pages of 2 x 64 float32
     for used in (0, 1, 0, 2, 0):  # 1 was used longest ago when 2 needs room, so 0 is there still
         for parameter in held:
             parameter.grad = None
@@ -55,7 +59,7 @@ def test_pages_leave_when_the_budget_is_full_the_oldest_first():
 
 def test_with_room_for_all_nothing_is_moved_twice():
     held = parameters()
-    paged = PagedAdamW(held, budget=10**6, page=64)
+    paged = PagedAdamWOptimizer(held, budget=10**6, page=64)
     take(paged, held, 1)
     before = paged.moved
     take(paged, held, 3)
@@ -65,22 +69,21 @@ def test_with_room_for_all_nothing_is_moved_twice():
 def test_training_goes_through_the_one_loop_with_the_same_weights():
     plain, paged = classifier(), classifier()
     train.fit(plain, mean_loss, examples(), SETTINGS)
-    train.fit(paged, mean_loss, examples(), SETTINGS, optimizer=paged_adamw(600, page=64))
+    train.fit(paged, mean_loss, examples(), PAGED)
     assert same_bits(weights(plain), weights(paged))
 
 
 def test_a_paged_run_resumes_bit_for_bit(tmp_path):
     whole, broken, resumed = classifier(), classifier(), classifier()
-    make = paged_adamw(600, page=64)
-    train.fit(whole, mean_loss, examples(), SETTINGS, optimizer=make)
-    train.fit(broken, mean_loss, examples(), SETTINGS, optimizer=make, run_dir=tmp_path, on_step=lambda s: s == 7)
-    train.fit(resumed, mean_loss, examples(), SETTINGS, optimizer=make, run_dir=tmp_path)
+    train.fit(whole, mean_loss, examples(), PAGED)
+    train.fit(broken, mean_loss, examples(), PAGED, run_dir=tmp_path, on_step=lambda s: s == 7)
+    train.fit(resumed, mean_loss, examples(), PAGED, run_dir=tmp_path)
     assert same_bits(weights(whole), weights(resumed))
 
 
 def test_it_takes_over_the_state_of_an_ordinary_adamw():
     held, plain = parameters(), parameters()
-    paged = PagedAdamW(held, budget=512, page=64, lr=1e-2)
+    paged = PagedAdamWOptimizer(held, budget=512, page=64, lr=1e-2)
     ordinary = torch.optim.AdamW(plain, lr=1e-2, fused=True)
     take(ordinary, plain, 3)
     with torch.no_grad():
@@ -98,8 +101,12 @@ def test_it_takes_over_the_state_of_an_ordinary_adamw():
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="a budget of 100 bytes does not hold one page, which takes 512"):
-        PagedAdamW(parameters(), budget=100, page=64)
+        PagedAdamWOptimizer(parameters(), budget=100, page=64)
+    with pytest.raises(ValueError, match=r"PagedAdamW\.page is 10; it must be a positive multiple of 64 numbers"):
+        train.PagedAdamW(budget=10_000, page=10)
+    with pytest.raises(ValueError, match=r"PagedAdamW\.budget is 0; it must be above 0 bytes"):
+        train.PagedAdamW(budget=0)
     with pytest.raises(ValueError, match="page must be a positive multiple of 64 numbers, got 10"):
-        PagedAdamW(parameters(), budget=10_000, page=10)
+        PagedAdamWOptimizer(parameters(), budget=10_000, page=10)
     with pytest.raises(ValueError, match="takes no closure"):
-        PagedAdamW(parameters(), budget=10**6).step(lambda: None)
+        PagedAdamWOptimizer(parameters(), budget=10**6).step(lambda: None)

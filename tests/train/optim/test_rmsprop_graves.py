@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from paperworks import train
-from paperworks.train.optim.rmsprop_graves import RMSPropGraves
 from tests.train.small import classifier, examples, mean_loss, same_bits, weights
 
 
 def test_steps_are_those_of_the_equations():
     weight = torch.nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
-    optimizer = RMSPropGraves([weight])
+    optimizer = train.RMSPropGraves().build([{"params": [weight], "lr": 1e-4}])
     w, n, m, v = [0.3, -0.7], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
     for step in range(20):
         gradient = [math.sin(3 * step) + 0.2, 0.01 * step]
@@ -29,7 +28,7 @@ def test_steps_are_those_of_the_equations():
 
 def test_a_gradient_that_never_changes_keeps_steps_finite():
     weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = RMSPropGraves([weight])
+    optimizer = train.RMSPropGraves().build([{"params": [weight], "lr": 1e-4}])
     for _ in range(2000):
         weight.grad = torch.full((1,), 1e3)
         optimizer.step()
@@ -38,13 +37,12 @@ def test_a_gradient_that_never_changes_keeps_steps_finite():
 
 
 def test_a_run_with_it_resumes_bit_for_bit(tmp_path: Path):
-    settings = train.Settings(steps=8, lr=1e-2, save_every=3, weight_decay=0.0)
+    settings = train.Settings(steps=8, lr=1e-2, save_every=3, optimizer=train.RMSPropGraves())
 
     def run(folder, seed, stop=None):
         model = classifier(seed)
         train.fit(
             model, mean_loss, examples(), settings, run_dir=tmp_path / folder, on_step=lambda step: step == stop,
-            optimizer=lambda groups: RMSPropGraves([{"params": group["params"], "lr": 1e-2} for group in groups]),
         )  # fmt: skip
         return model
 
@@ -56,11 +54,11 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "lr must be above 0"),
-        ({"decay": 1.0}, r"must be in \[0, 1\)"),
-        ({"eps": 0.0}, "eps must be above"),
+        ({"decay": 1.0}, r"RMSPropGraves\.decay is 1\.0; it must be in \[0, 1\)"),
+        ({"momentum": -0.1}, r"RMSPropGraves\.momentum is -0\.1"),
+        ({"eps": 0.0}, r"RMSPropGraves\.eps is 0\.0; it must be above 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        RMSPropGraves([torch.nn.Parameter(torch.zeros(1))], **options)
+        train.RMSPropGraves(**options)

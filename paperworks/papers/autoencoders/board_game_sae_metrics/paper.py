@@ -110,7 +110,7 @@ def _autoencoder(lab: Lab, spec: sae.SparseAutoencoderSpec, games: Games, name: 
     settings = train.Settings(
         steps=steps,
         lr=1e-3,
-        weight_decay=0.0,
+        optimizer=training.optimizer,
         schedule=train.WarmupStableDecay(decay=0.2),
         min_lr=0.0,
         seed=None,
@@ -124,7 +124,7 @@ def _autoencoder(lab: Lab, spec: sae.SparseAutoencoderSpec, games: Games, name: 
             training.after_step(step)
             advance(1)
 
-        train.fit(model, training.loss, batches, settings, optimizer=training.optimizer, on_step=after_step)
+        train.fit(model, training.loss, batches, settings, on_step=after_step)
     model.eval().rescale(1 / factor)
     return model
 

@@ -113,8 +113,7 @@ def _trained(lab: Lab, model: DecoderModel, batches: object, steps: int, lr: flo
     options = train.Settings(
         steps=steps,
         lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
+        optimizer=train.AdamW(betas=(0.9, 0.95), weight_decay=0.1),
         warmup=0.1,
         seed=lab.seed,
         save_every=None,
@@ -231,8 +230,7 @@ def fitted(
     options = train.Settings(
         steps=steps,
         lr=2e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
+        optimizer=train.AdamW(betas=(0.9, 0.999), weight_decay=0.0),
         schedule=train.WarmupStableDecay(decay=0.2),
         warmup=0.0 if start is None else 0.2,
         min_lr=0.0,

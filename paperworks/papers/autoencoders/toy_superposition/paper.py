@@ -75,7 +75,7 @@ def _train(
     settings = train.Settings(
         steps=steps,
         lr=3e-3,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         schedule="constant",
         warmup=0,
         clip=None,  # a common norm would tie the instances together

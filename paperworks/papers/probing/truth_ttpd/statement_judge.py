@@ -83,7 +83,8 @@ def learn(lab: Lab, model: DecoderModel, world: World) -> list[float]:
             yield {"tokens": world.tokens[rows], "targets": wanted}
 
     settings = train.Settings(
-        steps=steps, lr=2e-3, warmup=0.05, weight_decay=0.05, seed=lab.seed, save_every=None, log_every=steps,
+        steps=steps, lr=2e-3, warmup=0.05,
+        optimizer=train.AdamW(weight_decay=0.05), seed=lab.seed, save_every=None, log_every=steps,
         progress=False,
     )  # fmt: skip
     with lab.threads(1), lab.progress("a small model of facts", steps) as advance:

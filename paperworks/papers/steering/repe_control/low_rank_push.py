@@ -68,7 +68,7 @@ def adapted_towards(
         lr=RATE,
         schedule="constant",
         warmup=0,
-        weight_decay=0.0,
+        optimizer=train.AdamW(weight_decay=0.0),
         seed=None,
         save_every=None,
         log_every=steps,

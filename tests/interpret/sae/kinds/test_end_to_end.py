@@ -96,7 +96,9 @@ def test_it_trains_in_the_one_loop():
     x, made = torch.randn(64, 16), autoencoder().float()
     loss = sae.EndToEnd(base, "0", steps=60, sparsity=0.0)
     before = loss(made, x)[0].item()
-    settings = train.Settings(steps=60, lr=1e-2, warmup=0, weight_decay=0.0, save_every=None, progress=False)
+    settings = train.Settings(
+        steps=60, lr=1e-2, warmup=0, optimizer=train.AdamW(weight_decay=0.0), save_every=None, progress=False
+    )
     train.fit(made, loss, [x], settings, on_step=sae.Training(made, 60).after_step)
     assert loss(made, x)[0].item() < 0.5 * before
     assert int(made.steps_taken) == 60

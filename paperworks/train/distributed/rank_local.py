@@ -1,4 +1,4 @@
-"""Weights that each process keeps for itself (experts of its own): whole in checkpoints, and taken apart again."""
+"""State that only one process holds (its own experts): gathered for checkpoints, split again when one is loaded."""
 
 from __future__ import annotations
 
@@ -11,69 +11,71 @@ from torch import Tensor, nn
 from paperworks.core import processes
 
 
-class Apart:
-    """Which entries of a model's state only some process has. Without any, nothing here does anything.
+class RankLocalState:
+    """Entries of a model's state that only one process holds. Without any, every method returns its argument.
 
-    All processes must make it, and call its methods, together.
+    All processes must construct it, and call its methods, together.
+
+    paths: prefixes of the names of rank-local entries. held_elsewhere: names that only other processes hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
         paths = processes.paths_kept_apart(model) if processes.count() > 1 else []
         self.paths = tuple(f"{path}." for path in paths)
-        self.elsewhere: frozenset[str] = frozenset()
+        self.held_elsewhere: frozenset[str] = frozenset()
         if paths:
             held = {name for name in model.state_dict() if self.holds(name)}
-            self.elsewhere = frozenset().union(*self._everybodys(held)) - held
+            self.held_elsewhere = frozenset().union(*self._gathered(held)) - held
 
     def holds(self, name: str) -> bool:
-        """Return whether the entry of this name, which is in the state here, is in no other process's."""
+        """Whether the entry of this name, if it is in the state here, is in no other process's."""
         return name.startswith(self.paths)
 
-    def _everybodys(self, mine: Any) -> list[Any]:
-        all_of_them: list[Any] = [None] * processes.count()
-        dist.all_gather_object(all_of_them, mine)
-        return all_of_them
+    def _gathered(self, mine: Any) -> list[Any]:
+        gathered: list[Any] = [None] * processes.count()
+        dist.all_gather_object(gathered, mine)
+        return gathered
 
     def in_order(self, names: list[str]) -> list[str]:
-        """Return the names of all processes in the order that a model in one process has them."""
+        """Names of all processes, in the order that a model in one process has them."""
         if not self.paths:
             return names
-        everybodys = self._everybodys(names)
+        gathered = self._gathered(names)
         order: dict[str, None] = {}
-        for name in everybodys[0]:
+        for name in gathered[0]:
             path = next((path for path in self.paths if name.startswith(path)), None)
-            beneath = [name] if path is None else [n for each in everybodys for n in each if n.startswith(path)]
+            beneath = [name] if path is None else [n for each in gathered for n in each if n.startswith(path)]
             order |= dict.fromkeys(beneath)
-        return list(order | dict.fromkeys(name for each in everybodys for name in each))
+        return list(order | dict.fromkeys(name for each in gathered for name in each))
 
-    def united(self, findings: list[str]) -> list[str]:
-        """Return what any process found, each once."""
+    def combined(self, findings: list[str]) -> list[str]:
+        """Findings of all processes, each once."""
         if not self.paths:
             return findings
-        return list(dict.fromkeys(each for found in self._everybodys(findings) for each in found))
+        return list(dict.fromkeys(each for found in self._gathered(findings) for each in found))
 
     def whole_manifest(self, manifest: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the tables of all processes as one."""
+        """Manifests of all processes as one."""
         if not self.paths:
             return manifest
         whole = {key: dict(table) for key, table in manifest.items()}
-        for each in self._everybodys({key: self._own(table) for key, table in manifest.items()}):
+        for each in self._gathered({key: self._own(table) for key, table in manifest.items()}):
             for key, table in each.items():
                 whole[key] |= table
         return whole
 
     def whole(self, tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-        """Return the tensors with those that other processes have of theirs; what is not to be kept is let go."""
+        """Tensors of all processes by name; those of others on the CPU, or left out unless `keep`."""
         if not self.paths:
             return tensors
         own = {name: tensor for name, tensor in tensors.items() if self.holds(name)}
-        return tensors | _sent_round(own, self._everybodys({name: _kind(t) for name, t in own.items()}), keep)
+        return tensors | _broadcast_all(own, self._gathered({name: _kind(t) for name, t in own.items()}), keep)
 
     def _own(self, table: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in table.items() if self.holds(name)}
 
     def whole_optimizer(self, state: Any, names: list[list[str]], keep: bool) -> Any:
-        """Return an optimizer's state as that of one process would be: numbered by the order of all parameters."""
+        """Optimizer state as one process would have it: numbered by the order of all parameters."""
         if not self.paths:
             return state
         flat = [name for group in names for name in group]
@@ -86,26 +88,27 @@ class Apart:
             if isinstance(value, Tensor)
         }
         rest = {name: {k: v for k, v in e.items() if not isinstance(v, Tensor)} for name, e in own.items()}
-        for each in self._everybodys(rest):
+        for each in self._gathered(rest):
             for name, entry in each.items():
                 entries.setdefault(name, entry)
-        sent = _sent_round(tensors, self._everybodys({name: _kind(t) for name, t in tensors.items()}), keep)
+        sent = _broadcast_all(tensors, self._gathered({name: _kind(t) for name, t in tensors.items()}), keep)
         for place, tensor in sent.items():
             name, key = place.split("\n")
             entries[name][key] = tensor
         return numbered(entries, state["param_groups"], [self.in_order(group) for group in names])
 
     def own_optimizer(self, whole: Any, whole_names: list[list[str]], names: list[list[str]]) -> Any:
-        """Return the part of a whole optimizer's state that is this process's."""
+        """This process's part of a whole optimizer state."""
         if not self.paths:
             return whole
         flat = [name for group in whole_names for name in group]
-        entries = {flat[index]: entry for index, entry in whole["state"].items() if flat[index] not in self.elsewhere}
+        named = {flat[index]: entry for index, entry in whole["state"].items()}
+        entries = {name: entry for name, entry in named.items() if name not in self.held_elsewhere}
         return numbered(entries, whole["param_groups"], names)
 
 
 def numbered(entries: dict[str, Any], groups: list[dict[str, Any]], names: list[list[str]]) -> dict[str, Any]:
-    """Return an optimizer's state as torch has it: entries and groups by numbers, counted through all groups."""
+    """Optimizer state as torch has it: entries and groups by numbers, counted through all groups."""
     number = {name: index for index, name in enumerate(name for group in names for name in group)}
     return {
         "state": {number[name]: entries[name] for name in number if name in entries},
@@ -120,8 +123,8 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, str]:
     return tensor.shape, tensor.dtype, tensor.device.type
 
 
-def _sent_round(own: dict[str, Tensor], kinds: list[dict[str, Any]], keep: bool) -> dict[str, Tensor]:
-    """Send every tensor to all, one after the other; return those of others, on the CPU."""
+def _broadcast_all(own: dict[str, Tensor], kinds: list[dict[str, Any]], keep: bool) -> dict[str, Tensor]:
+    """Send every rank-local tensor to all processes; those of others, on the CPU, unless not to `keep`."""
     kept = {}
     for owner, theirs in enumerate(kinds):
         for name, (shape, dtype, device) in theirs.items():
