@@ -13,6 +13,7 @@ from itertools import groupby
 
 from paperworks.cli.recorded import COLORS, STATUSES, Recorded, reach, recorded
 from paperworks.core.errors import unknown
+from paperworks.lab import source_cache
 from paperworks.lab.results import reading_folders
 from paperworks.papers import Entry, index
 
@@ -26,7 +27,9 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     entries = _selected(index(), options)
     folders = reading_folders()
+    remembered = source_cache.load()
     rows = [(entry, recorded(entry, folders)) for entry in entries]
+    source_cache.save(remembered)
     if options.stale:
         rows = [row for row in rows if row[1].stale]
     if options.status is not None:

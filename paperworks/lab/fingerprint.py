@@ -50,6 +50,11 @@ def learn(sources: dict[str, Source]) -> None:
         _known.setdefault(source.text, source)
 
 
+def known() -> dict[str, Source]:
+    """All that is known of texts, by their hash."""
+    return dict(_known)
+
+
 def fingerprint(paper: Path, implements: Sequence[str], package: Path = PACKAGE) -> Fingerprint:
     """Fingerprint of the paper in a file.
 
