@@ -104,7 +104,7 @@ def apply(
     if kept is not None:
         kept.clear()
     if "all-linear" in patterns_of(targets):
-        warn_of_gaps(coverage(model), "all-linear", "these stay as they are")
+        warn_of_gaps(coverage(model), "all-linear", "these stay as they are", stacklevel=4)
     return model
 
 

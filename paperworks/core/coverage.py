@@ -102,7 +102,8 @@ def warn_of_gaps(found: Coverage, what: str, advice: str, stacklevel: int = 3) -
     """Warn in one line where matrices that are no layers of their own were left out."""
     gaps = {kind: count for kind, count in found.left_out.items() if kind in _MATRICES and count}
     if gaps:
-        named = "; ".join(f"{kind} ({', '.join(found.paths[kind][:3])})" for kind in gaps)
+        largest = sorted(gaps, key=lambda kind: -gaps[kind])
+        named = "; ".join(f"{kind} ({', '.join(found.paths[kind][:3])})" for kind in largest)
         share = sum(gaps.values()) / found.weights
         warnings.warn(
             f"{what} reaches {found.share:.0%} of the model's weights and leaves out {share:.0%} in {named}; {advice}",
