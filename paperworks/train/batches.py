@@ -15,7 +15,7 @@ class Stateful(Protocol):
     """Batches that know their own place, such as torchdata's `StatefulDataLoader`."""
 
     def state_dict(self) -> Any:
-        """Return the place as nested tensors, numbers, strings, lists, tuples and dictionaries."""
+        """Place as nested tensors, numbers, strings, lists, tuples and dictionaries."""
         ...
 
     def load_state_dict(self, state: Any) -> None:
@@ -56,7 +56,7 @@ class Source:
         return isinstance(self.batches, Iterator) and not self.stateful
 
     def next(self) -> Any:
-        """Return the next batch, of the next epoch if this one is over.
+        """Next batch, of the next epoch if this one is over.
 
         Raises ValueError when an epoch has no batch, or when an iterator has run out.
         """
@@ -99,7 +99,7 @@ class Source:
         return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
     def state(self) -> dict[str, Any]:
-        """Return the place as nested JSON values and tensors."""
+        """Place as nested JSON values and tensors."""
         place: dict[str, Any] = {"epoch": self.epoch, "position": self.position, "stateful": self.stateful}
         if isinstance(self.batches, Stateful):
             place["own"] = self.batches.state_dict()

@@ -18,7 +18,7 @@ def top1_distillation_sum(
     taught: Int[Tensor, " rows"],
     weight: float = 0.9,
 ) -> Float[Tensor, ""]:
-    """Return the sum of -(1 - weight) log p(target) - weight log p(taught) over rows whose target is not -100.
+    """Sum of -(1 - weight) log p(target) - weight log p(taught) over rows whose target is not -100.
 
     The gradient of a row's logits is (1 - weight) (p - onehot(target)) + weight (p - onehot(taught)).
 

@@ -20,7 +20,7 @@ from paperworks.train.streams import Streams
 def stream_log_probabilities(
     model: nn.Module, tokens: Int[Tensor, " time"], *, length: int = 500
 ) -> Float[Tensor, " scored"]:
-    """Return log p of every token but the first, given all before it; the state is carried through the whole text.
+    """Log p of every token but the first, given all before it; the state is carried through the whole text.
 
     length: tokens read at once, which changes nothing but memory.
     """
@@ -35,7 +35,7 @@ def stream_log_probabilities(
 def dynamic_log_probabilities(
     model: nn.Module, tokens: Int[Tensor, " time"], *, lr: float = 0.1, length: int = 1, clip: float | None = None
 ) -> Float[Tensor, " scored"]:
-    """Return log p of every token but the first from a copy of `model` that learns from each chunk once it is scored.
+    """Log p of every token but the first from a copy of `model` that learns from each chunk once it is scored.
 
     The chunk of `length` tokens is scored with the weights learned from those before it; then one step of plain
     gradient descent is taken on its summed loss, w -= lr * d(-log p(chunk)) / dw. `length=1` is the paper's form, with

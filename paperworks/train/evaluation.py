@@ -17,7 +17,7 @@ from paperworks.train.objective import Loss, Tally
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Any]) -> dict[str, float]:
-    """Return the mean of the loss and of each metric over all elements of `batches`, in evaluation mode.
+    """Mean of the loss and of each metric over all elements of `batches`, in evaluation mode.
 
     A loss that returns (sum, count) is averaged over its elements, a scalar over the batches.
     Returns {"loss": mean, name: mean of each metric}. Raises ValueError when there is nothing to measure.

@@ -75,7 +75,7 @@ def next_targets(
     targets: Int[Tensor, "batch time"] | None,
     segments: Int[Tensor, "batch time"] | None,
 ) -> Int[Tensor, "batch time"]:
-    """Return what each position is to predict; -100 where nothing, as at padding and at the end of each document."""
+    """What each position is to predict; -100 where nothing, as at padding and at the end of each document."""
     if targets is None:
         targets = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
     if segments is not None:
@@ -90,7 +90,7 @@ def smoothed_cross_entropy_sum(
     smoothing: float = 0.1,
     excluded: tuple[int, ...] = (),
 ) -> Float[Tensor, ""]:
-    """Return the sum of -sum_v q_v log p_v over rows whose target is not -100 (Szegedy et al. 2015, arXiv:1512.00567).
+    """Sum of -sum_v q_v log p_v over rows whose target is not -100 (Szegedy et al. 2015, arXiv:1512.00567).
 
     q is 1 - smoothing on the target, and smoothing / K more on each of the K tokens that are not `excluded` (padding,
     which no target ever is, should get nothing). Raises ValueError for smoothing outside [0, 1).
@@ -106,7 +106,7 @@ def smoothed_cross_entropy_sum(
 
 
 def cross_entropy_sum(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
-    """Return the sum of -log softmax(logits)[target] over rows whose target is not -100, in float32 or wider.
+    """Sum of -log softmax(logits)[target] over rows whose target is not -100, in float32 or wider.
 
     Equal to `plain_cross_entropy_sum`, but what it keeps for the backward pass is one number a row: the softmax is
     computed again there, chunk by chunk, straight into the gradient in the dtype of the logits.
@@ -116,7 +116,7 @@ def cross_entropy_sum(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, 
 
 
 def plain_cross_entropy_sum(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
-    """Return the same sum by torch's own function, which keeps a float32 log-softmax of all logits."""
+    """Sum of `cross_entropy_sum` by torch's own function, which keeps a float32 log-softmax of all logits."""
     return functional.cross_entropy(logits.to(_wide(logits)), targets, ignore_index=IGNORED, reduction="sum")
 
 

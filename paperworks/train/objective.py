@@ -70,7 +70,7 @@ def require_gradient(loss: Tensor) -> None:
 
 
 def items(batch: Any) -> int:
-    """Return how many examples a batch holds: the length of its first tensor, else 1."""
+    """Number of examples in a batch: the length of its first tensor, else 1."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
     if isinstance(batch, Mapping):
@@ -99,7 +99,7 @@ class Tally:
                 self.add(name, _plain(value) * count, count)
 
     def means(self) -> dict[str, float]:
-        """Return every mean as a float; a name that counted nothing is nan."""
+        """Every mean as a float; a name that counted nothing is nan."""
         totals = {name: (float(part), float(count)) for name, (part, count) in self.sums.items()}
         return {name: part / count if count else float("nan") for name, (part, count) in totals.items()}
 

@@ -73,7 +73,7 @@ class Stepper:
                 with processes.one_batch(share < 1):
                     value, extra = self._forward(batch, share)
                     self._backward(value, extra)
-                losses.append(_widened(value.sum.detach()))
+                losses.append(value.sum.detach())
                 count = count + value.elements
                 items += 0 if value.counted else objective.items(batch)
 
@@ -202,10 +202,6 @@ def _clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
     if norm.device.type == "cpu" and norm.item() + 2e-6 <= limit:
         return  # the factor is exactly 1: spare the passage over memory
     torch._foreach_mul_([sharding.local(g) for g in gradients], torch.clamp(limit / (norm + 1e-6), max=1.0))
-
-
-def _widened(loss: Tensor) -> Tensor:
-    return loss if loss.dtype == torch.float64 else loss.float()
 
 
 def _coalesced(gradient: Tensor) -> Tensor:

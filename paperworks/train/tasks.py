@@ -14,7 +14,7 @@ from paperworks.train.objective import Loss
 
 
 def task_loss(auxiliary: float = 0.5) -> Loss:
-    """Return the loss mean(-log p(label)) + auxiliary * mean(-log p(next token)), for `models.task.TaskModel`.
+    """Loss mean(-log p(label)) + auxiliary * mean(-log p(next token)), for `models.task.TaskModel`.
 
     The batch is a mapping of "tokens", "segments" (batch, sequences, time) and "labels" (batch,), as
     `data.task_inputs.task_batch` makes it. Metrics: "accuracy", and both losses.
@@ -39,5 +39,5 @@ def task_loss(auxiliary: float = 0.5) -> Loss:
 
 
 def task_accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Return the share of examples whose likeliest class (or choice) is the label."""
+    """Share of examples whose likeliest class (or choice) is the label."""
     return evaluate(model, task_loss(0.0), batches)["accuracy"]

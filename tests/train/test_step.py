@@ -307,6 +307,16 @@ def test_a_float16_overflow_lowers_the_scale_and_training_goes_on() -> None:
     assert not same_bits(weights(model), before)
 
 
+def test_a_float16_step_whose_norm_overflows_is_skipped_though_each_number_is_finite() -> None:
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model[0].weight * 1e30).sum()  # 32 squares of 1e30 leave float32
+
+    model = classifier()
+    before = weights(model)
+    train.fit(model, loss, examples(1), train.Settings(steps=1, precision="float16", clip=None))
+    assert same_bits(weights(model), before)
+
+
 def test_a_float16_gradient_that_stays_broken_stops_the_run() -> None:
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return _Blown.apply(mean_loss(model, batch))

@@ -14,7 +14,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, step: int, steps: int) -> float:
-        """Return the height of the curve, in [0, 1], at `step` of `steps`, both counted from the end of the warm-up.
+        """Height of the curve, in [0, 1], at `step` of `steps`, both counted from the end of the warm-up.
 
         The curve would arrive at its end at `step == steps`, which is never taken: no step is spent at rate 0.
         """
@@ -34,7 +34,7 @@ class Linear(Schedule):
     """1 - step / steps."""
 
     def __call__(self, step: int, steps: int) -> float:
-        """Return the share of the steps that is left."""
+        """Share of the steps that is left."""
         return 1.0 - step / steps
 
 
@@ -43,7 +43,7 @@ class Cosine(Schedule):
     """(1 + cos(pi * step / steps)) / 2, half a period of a cosine (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
 
     def __call__(self, step: int, steps: int) -> float:
-        """Return the height of the cosine."""
+        """Height of the cosine."""
         return 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
@@ -62,7 +62,7 @@ class InverseSqrt(Schedule):
             raise ValueError(f"warmup is {self.warmup}; at least 1 step is needed")
 
     def __call__(self, step: int, steps: int) -> float:
-        """Return the height of the curve; the first step after the warm-up is one beyond the peak."""
+        """Height of the curve; the first step after the warm-up is one beyond the peak."""
         return math.sqrt(self.warmup / (self.warmup + step + 1))
 
 
@@ -105,7 +105,7 @@ NAMED: dict[str, Schedule] = {
 
 
 def named(schedule: str | Schedule) -> Schedule:
-    """Return the schedule a name stands for; a `Schedule` is returned as it is.
+    """Schedule a name stands for; a `Schedule` is returned as it is.
 
     Raises ValueError for an unknown name, TypeError for anything else.
     """

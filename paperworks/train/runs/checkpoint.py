@@ -41,7 +41,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the nested state of a checkpoint. Raises CorruptFile when it is not whole."""
+    """Nested state of a checkpoint. Raises CorruptFile when it is not whole."""
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -57,7 +57,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the model's tensors of a checkpoint. Raises CorruptFile when they are not whole."""
+    """The model's tensors of a checkpoint. Raises CorruptFile when they are not whole."""
     return _load(folder / WEIGHTS)
 
 

@@ -20,11 +20,11 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
 
     def checkpoint(self, step: int) -> Path:
-        """Return where the checkpoint after `step` steps stands or would stand."""
+        """Where the checkpoint after `step` steps stands or would stand."""
         return self.checkpoints / f"step-{step:06d}"
 
     def complete(self) -> list[Path]:
-        """Return the complete checkpoints, oldest first."""
+        """Complete checkpoints, oldest first."""
         if not self.checkpoints.is_dir():
             return []
         found = [(match, path) for path in self.checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
@@ -74,6 +74,6 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run; its weights.safetensors holds the model's state. None if none."""
+    """Newest complete checkpoint of a run; its weights.safetensors holds the model's state. None if none."""
     complete = RunFolder(run_dir).complete()
     return complete[-1] if complete else None

@@ -55,7 +55,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read(path: Path, step: int) -> list[Record]:
-    """Return the records up to `step`; a line that a kill tore is the last one, and its step will be taken again."""
+    """Records up to `step`; a line that a kill tore is the last one, and its step will be taken again."""
     if not path.exists():
         return []
     records = []

@@ -29,7 +29,7 @@ class States(NamedTuple):
 
 
 def capture() -> States:
-    """Return the present states; cheap enough for every epoch of a toy run."""
+    """Current states; cheap enough for every epoch of a toy run."""
     used = torch.cuda.is_available() and torch.cuda.is_initialized()
     cuda = torch.cuda.get_rng_state_all() if used else []
     return States(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)

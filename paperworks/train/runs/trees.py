@@ -35,7 +35,7 @@ def flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return the nested state that `flatten` took apart."""
+    """Nested state that `flatten` took apart."""
     if isinstance(tree, list):
         return [unflatten(value, tensors) for value in tree]
     if not isinstance(tree, dict):
@@ -50,7 +50,7 @@ def unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as safetensors wants them: detached, on the CPU, contiguous, no two sharing memory."""
+    """Tensors as safetensors wants them: detached, on the CPU, contiguous, no two sharing memory."""
     seen: set[int] = set()
     stored = {}
     for name, tensor in tensors.items():
