@@ -8,7 +8,7 @@ JOBS ?= 2
 # many tests start Python: what it has compiled is kept
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: tour test lint types contracts tests test-portable bench clean
+.PHONY: docs tour test lint types contracts tests test-portable bench clean
 
 tour: $(VENV)/.installed
 	$(BIN)/paperworks tour
@@ -33,6 +33,11 @@ test-portable: $(VENV)/.installed-dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(MAKE) tests
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(MAKE) tests
 
+# the site, in out/site: a page a paper from its result, the guides, the reference from docstrings
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/build.py
+	$(BIN)/python -m mkdocs build --quiet --strict -f docs/mkdocs.yml
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
@@ -47,6 +52,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -c constraints.txt --group dev --group oracles
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -c constraints.txt --group docs
 	touch $@
 
 clean:

@@ -144,7 +144,7 @@ def _respec(folder, change):
         (lambda h: h["spec"].update(depth=10**9), "describes 1000000000 blocks but holds only"),
         (lambda h: h["spec"].update(type="RMSNorm"), "does not describe a model"),
         (lambda h: h.pop("spec"), "does not describe a model"),
-        (lambda h: h.update(format=99), "format 99, this version reads 1"),
+        (lambda h: h.update(format=99), "format 99, this version reads 2"),
     ],
 )
 def test_specs_that_do_not_fit_the_weights_list_what_differs(tmp_path, change, message):

@@ -6,6 +6,7 @@ import torch
 import paperworks as pw
 from paperworks import adapt, compress
 from paperworks.cli import main as cli
+from paperworks.compress.formats import fourbit
 from paperworks.models import Block, Decoder
 from paperworks.nn import Attention, GatedMLP, RMSNorm, RoPE
 
@@ -74,7 +75,7 @@ def test_an_interrupted_run_goes_on(folder, capsys, monkeypatch):
             raise KeyboardInterrupt
         return original(self, weight, statistics)
 
-    monkeypatch.setattr(compress.fourbit.FourBit, "encode", interrupted)
+    monkeypatch.setattr(fourbit.FourBit, "encode", interrupted)
     assert run(folder, "--format", "nf4") == 130
     assert not (folder / "out").exists()
     assert (folder / "out.unfinished").exists()

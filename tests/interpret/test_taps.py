@@ -8,6 +8,7 @@ import paperworks as pw
 from paperworks import interpret
 from paperworks.models import Block, Decoder
 from paperworks.nn import Attention, GatedMLP, Placement, RMSNorm, RoPE
+from paperworks.nn.attention import attention
 from tests.parity.families import oracle
 
 
@@ -173,9 +174,8 @@ def test_recording_one_tap_of_thirty_layers_keeps_that_tap_alone():
 
 def test_a_tap_that_nobody_listens_to_computes_no_pattern(model, monkeypatch):
     calls = []
-    attention = type(model.blocks[0].mixer)
-    plain = attention.weights
-    monkeypatch.setattr(attention, "weights", lambda self, *given: calls.append(1) or plain(self, *given))
+    plain = attention.pattern
+    monkeypatch.setattr(attention, "pattern", lambda inputs: calls.append(1) or plain(inputs))
     model(TOKENS)
     assert calls == []
     with interpret.record(model, "blocks.1.mixer.pattern"):

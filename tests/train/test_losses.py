@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paperworks import train
+from paperworks.nn import Placement
 from paperworks.train import losses
 
 from .small import Language
@@ -16,8 +17,8 @@ class Recorded(nn.Module):
         super().__init__()
         self.logits = logits
 
-    def forward(self, tokens: Tensor, **options: Tensor) -> Tensor:
-        self.options = options
+    def forward(self, tokens: Tensor, placement: Placement | None = None) -> Tensor:
+        self.placement = placement
         return self.logits
 
 
@@ -61,13 +62,13 @@ def test_nothing_is_learned_across_a_border_nor_at_padding(logits: Tensor, token
     assert count == len(inside)
     expected = by_hand(logits, [(row, time, int(tokens[row, time + 1])) for row, time in inside])
     assert total.item() == pytest.approx(expected, abs=1e-12)
-    assert model.options["segments"] is segments
+    assert model.placement.segments is segments
 
 
 def test_a_model_without_segments_is_called_with_tokens_alone(logits: Tensor, tokens: Tensor) -> None:
     model = Recorded(logits)
     train.next_token_loss(model, {"tokens": tokens})
-    assert model.options == {}
+    assert model.placement is None
 
 
 def test_a_packed_row_learns_what_its_documents_learn_apart() -> None:

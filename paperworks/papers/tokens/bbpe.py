@@ -221,8 +221,8 @@ def _logits(model: nn.Module, source: Tensor, target: Tensor) -> Tensor:
     logits: Tensor = model(
         source,
         functional.pad(target[:, :-1], (1, 0), value=START),
+        Placement(segments=(target != PAD).long()),
         source_placement=Placement(segments=(source != PAD).long()),
-        segments=(target != PAD).long(),
     )
     return logits
 

@@ -3,7 +3,7 @@ import torch
 
 from paperworks.interpret.circuits.acdc import Circuit, acdc, divergence, evaluate, recovery_auc
 from paperworks.interpret.circuits.edges import EdgeGraph
-from paperworks.models import Block, Decoder
+from paperworks.models import Block, Decoder, Parallel
 from paperworks.nn import Attention, LearnedPositions, NoNorm
 from tests.interpret.circuits.test_patching import CLEAN, CORRUPTED
 from tests.interpret.lenses.test_logit_lens import gpt2_like, llama_like
@@ -235,5 +235,5 @@ def test_wrong_input_is_refused_with_what_would_be_right():
         acdc(graph, TOKENS, OTHERS[:, :5], 0.1)
     with pytest.raises(ValueError, match="positions must mark some"):
         acdc(graph, TOKENS, OTHERS, 0.1, positions=SECOND_COPY & False)
-    with pytest.raises(ValueError, match="edges are known for 'pre' blocks"):
-        EdgeGraph(gpt2_like("parallel"))
+    with pytest.raises(ValueError, match=r"edges are known for PreNorm\(\) blocks"):
+        EdgeGraph(gpt2_like(Parallel()))

@@ -5,7 +5,7 @@ from torch import nn
 from paperworks import interpret
 from paperworks.interpret.lenses.logit_lens import direct_logit_attribution, logit_lens
 from paperworks.interpret.residual import ResidualStream, decompose, frozen_norm, head_outputs, residual_stream
-from paperworks.models import Block, Decoder, PreNorm
+from paperworks.models import Block, Decoder, Parallel, PostNorm, PreNorm, Sandwich
 from paperworks.nn import MLP, Attention, GatedMLP, LayerNorm, LearnedPositions, NoNorm, RMSNorm, RoPE
 from tests.parity.families import oracle
 
@@ -52,8 +52,8 @@ def gpt2_like(arrangement=PreNorm()):
 MODELS = {
     "llama": llama_like,
     "gpt2": gpt2_like,
-    "parallel": lambda: gpt2_like("parallel"),
-    "sandwich": lambda: gpt2_like("sandwich"),
+    "parallel": lambda: gpt2_like(Parallel()),
+    "sandwich": lambda: gpt2_like(Sandwich()),
     "no norms": lambda: llama_like(block=Block(norm=NoNorm(), mixer=Attention(heads=2)), norm=None),
 }
 
@@ -150,8 +150,8 @@ def test_transformers_models_decompose_at_their_own_paths_and_agree_with_ours(fa
 
 def test_wrong_input_is_refused_with_what_would_be_right():
     model = llama_like()
-    post = gpt2_like("post")
-    with pytest.raises(ValueError, match="arrangement 'post'"):
+    post = gpt2_like(PostNorm())
+    with pytest.raises(ValueError, match=r"arranged as PostNorm\(\)"):
         residual_stream(post)
     with pytest.raises(ValueError, match="do not know where the residual stream of Sequential"):
         decompose(nn.Sequential(nn.Linear(2, 2)), TOKENS)

@@ -13,7 +13,7 @@ from paperworks.interpret.weights.folding import (
     fold_value_biases,
     norm_readers,
 )
-from paperworks.models import preset
+from paperworks.models import Parallel, preset
 from paperworks.nn import Attention, RMSNorm
 from tests.interpret.lenses.test_logit_lens import TOKENS, gpt2_like, llama_like
 from tests.parity.families import oracle
@@ -110,8 +110,8 @@ def test_a_transformers_llama_folds_at_its_own_paths():
 
 
 def test_what_cannot_be_folded_is_refused():
-    with pytest.raises(ValueError, match="'parallel' block"):
-        fold_norms(gpt2_like("parallel"))
+    with pytest.raises(ValueError, match=r"arranged as Parallel"):
+        fold_norms(gpt2_like(Parallel()))
     with pytest.raises(ValueError, match="pass readers="):
         fold_norms(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3)))
     pair = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
