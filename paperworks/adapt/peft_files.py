@@ -23,6 +23,7 @@ from paperworks.adapt.peft_names import FROZEN, PREFIX, kept_whole, layer_tensor
 from paperworks.adapt.pissa import PiSSA
 from paperworks.core import atomic
 from paperworks.core.errors import CorruptFile
+from paperworks.core.json_files import read_json_object
 from paperworks.core.linear import is_transposed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -200,12 +201,7 @@ def _require(folder: Path, file: str) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = _require(folder, CONFIG)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not JSON ({error}); copy or save it again") from error
-    if not isinstance(config, dict):
-        raise CorruptFile(f"{path} does not hold a JSON object")
+    config = read_json_object(path)
     for field, kind in {"r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict}.items():
         value = config.get(field, {} if kind is dict else 8)  # 8: peft's own default of r and lora_alpha
         if not isinstance(value if value is not None else {}, kind) or isinstance(value, bool):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from paperworks.generation.decoding import evaluating
+from paperworks.core.modes import evaluating
 from paperworks.nn import TargetPlacement
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from paperworks.generation.decoding import evaluating
+from paperworks.core.modes import evaluating
 from paperworks.generation.prompts import Prompts, left_pad
 from paperworks.nn import Placement
 

@@ -1,12 +1,13 @@
 """The decoding loop: one for every architecture, since every mixer keeps the same kind of cache."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from paperworks.core.modes import evaluating
 from paperworks.generation.matvec import fast_linears
 from paperworks.generation.prompts import Prompts, left_pad
 from paperworks.generation.sampling import Sampling
@@ -72,19 +73,6 @@ def decode(
                 if not bool(alive.any()):
                     return
             tokens, segments = torch.where(alive, chosen, 0)[:, None], None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration; each module's own mode is put back after."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _seen(tokens: Tensor, segments: Tensor | None, room: int) -> Tensor:

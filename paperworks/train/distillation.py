@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from paperworks.core.modes import evaluating
 from paperworks.train.losses import IGNORED, cross_entropy_sum, next_targets
-from paperworks.train.modes import evaluating
 
 
 def top1_distillation_sum(

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from paperworks.core.modes import evaluating
 from paperworks.nn import Placement
 from paperworks.train.loop import fit
-from paperworks.train.modes import evaluating
 from paperworks.train.optim.sgd import SGD
 from paperworks.train.settings import Settings
 from paperworks.train.streams import Streams

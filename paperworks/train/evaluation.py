@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from paperworks.core.modes import evaluating
 from paperworks.train import objective
 from paperworks.train.distributed import distribution
 from paperworks.train.losses import IGNORED, next_token_loss
-from paperworks.train.modes import evaluating
 from paperworks.train.objective import Loss, Tally
 
 

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from paperworks.core.modes import evaluating, training
 from paperworks.core.processes import tensors_kept_apart
 from paperworks.train import evaluation
 from paperworks.train.batches import Batches, Source
 from paperworks.train.distributed import distribution, sharding
-from paperworks.train.modes import evaluating, training
 from paperworks.train.objective import Loss
 from paperworks.train.optim.parameter_groups import build_optimizer, trainable
 from paperworks.train.runs import randomness

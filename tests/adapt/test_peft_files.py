@@ -98,7 +98,7 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(CorruptFile, match="r is '8', which peft never writes"):
         adapt.load_peft(network(), tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CorruptFile, match="is not JSON"):
+    with pytest.raises(CorruptFile, match="is not valid JSON"):
         adapt.load_peft(network(), tmp_path)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from paperworks.compress.calibration.replay import Batch, Enough, Tune, Unit, units
 from paperworks.compress.calibration.statistics import SAMPLES, Gatherer, Statistics
+from paperworks.core.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def stages(
         ValueError: when an input is NaN or infinite or a layer is never reached; names the layer.
         MemoryError: when the batches do not fit; says how to lower the need.
     """
-    with _evaluating(model), torch.no_grad():
+    with _without_cache(model), torch.no_grad():
         try:
             for unit in units(model, list(paths), calibration.batches):
                 if not finished(unit.paths):
@@ -148,18 +149,15 @@ def _gather(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _without_cache(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no key-value cache in models of transformers: a block must be callable twice."""
-    modes = {module: module.training for module in model.modules()}
     config: Any = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
-    model.eval()
     if cached is not None:
         config.use_cache = False
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         if cached is not None:
             config.use_cache = cached

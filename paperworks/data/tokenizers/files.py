@@ -1,6 +1,5 @@
 """Tokenizer files in the Hugging Face layout: tokenizer.json, its configuration, its chat template."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import tokenizers
 
 from paperworks.core.errors import CorruptFile
+from paperworks.core.json_files import read_json_object
 
 _USUAL = {
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]"),
@@ -87,15 +87,7 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CorruptFile(f"{path} should hold a JSON object, it holds a {type(content).__name__}")
-    return content
+    return read_json_object(path) if path.is_file() else {}
 
 
 def config_for(special: SpecialTokens, chat_template: str | None) -> dict[str, object]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paperworks.core import atomic
 from paperworks.core.errors import CorruptFile, unknown
+from paperworks.core.json_files import read_json_object
 from paperworks.interpret.sae.autoencoder import SparseAutoencoder, SparseAutoencoderSpec
 from paperworks.interpret.sae.kinds.gated import Gated
 from paperworks.interpret.sae.kinds.jumprelu import JumpReLU
@@ -98,7 +99,7 @@ def load(folder: str | Path) -> SparseAutoencoder:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no {name}; an autoencoder is the two files {CONFIG} and {WEIGHTS}")
-    config = _read_config(path / CONFIG)
+    config = read_json_object(path / CONFIG)
     kind = _architecture(config, path / CONFIG)
     _require_plain(config, kind, path / CONFIG)
     dim, latents = (_size(config, name, path / CONFIG) for name in ("d_in", "d_sae"))
@@ -123,7 +124,7 @@ def noted_tap(folder: str | Path) -> str | None:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; an autoencoder is the two files {CONFIG} and {WEIGHTS}")
-    metadata = _read_config(path).get("metadata")
+    metadata = read_json_object(path).get("metadata")
     if not isinstance(metadata, Mapping) or OURS not in metadata:
         return None
     tap = metadata.get("hook_name")
@@ -149,16 +150,6 @@ def _outward(name: str, parameter: Tensor) -> Tensor:
     elif name == "threshold":
         value = value.exp()
     return value.contiguous().clone()
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CorruptFile(f"{path} should hold a JSON object, it holds a {type(config).__name__}")
-    return config
 
 
 def _architecture(config: Mapping[str, Any], path: Path) -> str:
