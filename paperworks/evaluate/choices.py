@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from paperworks.core.errors import unknown
+from paperworks.core.modes import evaluating
 from paperworks.nn import Placement
 
 Rule = Literal["sum", "mean", "unconditional"]
@@ -70,10 +71,8 @@ def score_tokens(model: nn.Module, context: Sequence[int], completions: Sequence
         tokens[row, : len(whole)], segments[row, : len(whole)] = torch.tensor(whole), 1
     device = next(model.parameters()).device
     tokens, segments = tokens.to(device), segments.to(device)
-    was = model.training
-    model.eval()
-    logits = model(tokens, Placement(segments=segments))[:, len(context) - 1 : -1]
-    model.train(was)
+    with evaluating(model):
+        logits = model(tokens, Placement(segments=segments))[:, len(context) - 1 : -1]
     asked = tokens[:, len(context) :]
     logs = logits.double().log_softmax(-1).gather(2, asked[..., None])[..., 0]
     total = logs.masked_fill(segments[:, len(context) :] == 0, 0.0).sum(1).cpu()
