@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def run(
     with Board([(claim.name, seconds.get(claim.name)) for claim in claims], title=paper.key, silent=quiet) as board:
         for index, claim in enumerate(claims):
             board.begin(index)
-            lab = _lab(paper, scale, seed, device, board, choices)
+            lab = _lab(paper, scale, seed, device, board, choices, drawn=result.images)
             try:
                 outcome = _examine(claim, lab)
             except KeyboardInterrupt:
@@ -150,6 +150,7 @@ def _lab(
     board: Board | None,
     choices: Choices,
     most_seeds: int | None = None,
+    drawn: Collection[str] = (),
 ) -> Lab:
     return Lab(
         scale,
@@ -160,6 +161,7 @@ def _lab(
         most_seeds=most_seeds,
         model=choices.model,
         data=choices.data,
+        drawn=drawn,
     )
 
 

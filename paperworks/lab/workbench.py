@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -39,6 +39,7 @@ class Lab:
         most_seeds: int | None = None,
         model: str | None = None,
         data: Path | None = None,
+        drawn: Collection[str] = (),
     ) -> None:
         if scale not in SCALES:
             raise ValueError(unknown("scale", scale, SCALES))
@@ -54,6 +55,7 @@ class Lab:
         self.choices: dict[str, str] = {}  # what the user chose instead of the claim's own model and data
         self._model, self._data = model, data
         self._stem = stem
+        self._drawn = drawn  # file names of the figures of the paper's other claims
 
     def model_name(self, default: str) -> str:
         """Model to speak of: the user's (`--model`), else the default; a name or path that `pw.load` takes."""
@@ -115,8 +117,8 @@ class Lab:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
             raise ValueError(f"figure name {name!r} names a file; use lower-case words joined by hyphens")
         stem = f"{self._stem}-{name}"
-        if any(known.rpartition(".")[0] == stem for known in self.images):
-            raise ValueError(f"there is already a figure named {name!r}; give this one another name")
+        if any(known.rpartition(".")[0] == stem for known in (*self.images, *self._drawn)):
+            raise ValueError(f"this paper already has a figure named {name!r}; give this one another name")
         with figures.drawing(**options) as figure:
             yield figure
             extension, content = figures.encode(figure, salt=stem)
@@ -179,7 +181,7 @@ class Lab:
         *on: str,
         x: str | None = None,
         arms: Sequence[str] | None = None,
-        name: str = "curves",
+        name: str = "",
         title: str = "",
         log: str = "",
         **options: Any,
@@ -190,20 +192,20 @@ class Lab:
             on: one curve or more, as returned by the arms; the second and later ones are dashed.
             x: another curve that holds the places on the horizontal axis; default 1, 2, 3, ...
             arms: which arms, default all; the control is grey.
-            name: name of the figure.
+            name: name of the figure, default that of the first curve; no two figures of a paper have the same.
             title: title of the figure, default the names of the curves.
             log: axes with a logarithmic scale: "x", "y" or "xy".
             options: of the figure, such as figsize.
         """
         comparison = self._compared("curves")
-        with self.figure(name, **options) as figure:
+        with self.figure(name or _file_name(*on[:1]), **options) as figure:
             drawings.draw_curves(figure.subplots(), comparison, on, x=x, arms=arms, title=title, log=log)
 
-    def points(self, on: str, *, name: str = "points", title: str = "", log: bool = False, **options: Any) -> None:
+    def points(self, on: str, *, name: str = "", title: str = "", log: bool = False, **options: Any) -> None:
         """Draw a number of the last comparison: one row an arm, one dot a seed, and the mean."""
         comparison = self._compared("points")
         options.setdefault("figsize", (7.2, 1.2 + 0.45 * len(comparison.numbers)))
-        with self.figure(name, **options) as figure:
+        with self.figure(name or _file_name(on), **options) as figure:
             drawings.draw_points(figure.subplots(), comparison, on, title=title, log=log)
 
     def _compared(self, figure: str) -> Comparison:
@@ -223,3 +225,8 @@ class Lab:
         A behaviour judged this way rests on one seed and is recorded as "one seed", never as "holds".
         """
         return Verdict.of(checks, measured, control, note)
+
+
+def _file_name(metric: str = "curves") -> str:
+    """A metric as the name of a figure: lower-case words joined by hyphens."""
+    return "-".join(re.findall(r"[a-z0-9]+", metric.lower())) or "figure"

@@ -218,11 +218,11 @@ def test_curves_and_points_are_drawn_with_one_line():
     lab = curved(Lab(stem="key"))
     lab.curves("curve", x="step", log="x")
     lab.points("loss")
-    assert list(lab.images) == ["key-curves.svg", "key-points.svg"]
-    curves = lab.images["key-curves.svg"].decode()
+    assert list(lab.images) == ["key-curve.svg", "key-loss.svg"]
+    curves = lab.images["key-curve.svg"].decode()
     assert ">method</text>" in curves
     assert "3 seeds" in curves
-    assert ">control</text>" in lab.images["key-points.svg"].decode()
+    assert ">control</text>" in lab.images["key-loss.svg"].decode()
 
 
 def test_a_figure_of_what_was_not_compared_is_refused():

@@ -370,3 +370,19 @@ def test_a_claim_over_its_budget_is_warned_of_unless_the_paper_says_why(monkeypa
     assert "paper slow took 6:01" in run_for(361)
     assert "budget" not in run_for(179)
     assert "budget" not in run_for(400, budget_exception="the effect needs a large table")
+
+
+def test_two_claims_cannot_draw_figures_of_one_name():
+    paper = Paper(key="two", title="t", authors="a", year=2000, ref="r", family="f", summary="s", implements=())
+    for name in ("first", "second"):
+
+        def draws(lab: Lab) -> Verdict:
+            with lab.figure("line") as figure:
+                figure.subplots().plot([0, 1], [0, 1])
+            return lab.judge({"yes": True}, {"one": 1})
+
+        draws.__name__ = name
+        paper.claim("it draws", paper="p", kind="exact")(draws)
+    first, second = run(paper, "small", record=False, quiet=True).claims
+    assert (first.verdict, second.verdict) == ("holds", "error")
+    assert "already has a figure named 'line'" in second.note

@@ -78,7 +78,7 @@ def test_a_figure_name_that_is_no_file_name_is_refused(name):
 def test_two_figures_of_one_name_are_refused():
     lab = Lab()
     draw(lab)
-    with pytest.raises(ValueError, match="already a figure named 'curve'"):
+    with pytest.raises(ValueError, match="already has a figure named 'curve'"):
         draw(lab)
 
 
