@@ -179,7 +179,7 @@ def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
 
 
 def test_hostile_configs_are_refused(tmp_path):
-    from paperworks.checkpoints.hf_config import spec_from_config
+    from paperworks.checkpoints.families import spec_from_config
 
     good = {
         "model_type": "llama",

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
-from paperworks.checkpoints.hf_config import spec_from_config
+from paperworks.checkpoints.families import spec_from_config
 from paperworks.generation import Sampling, decode
 from tests.parity.families import RECURRENT, oracle
 
