@@ -85,13 +85,13 @@ def test_every_honoured_entry_changes_the_spec_or_is_refused(name):
     # a window and a trained length say nothing alone
     beside = {
         "sliding_window": {"use_sliding_window": True, "max_window_layers": 0} if name == "qwen2" else {},
+        "use_sliding_window": {"max_window_layers": 0},
         "max_window_layers": {"use_sliding_window": True},
         "original_max_position_embeddings": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
         if name != "phi3"
         else {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
         "rotary_emb_base": {"rope_theta": None},
         "layer_types": {"use_sliding_window": True} if name == "qwen2" else {},
-        "scale_decoder_outputs": {},
     }
     for key in family.defaults:
         context = SMALL[name] | beside.get(key, {})

@@ -22,7 +22,7 @@ def read(entry, **rest):
         (YARN | {"novelty": 3}, "'yarn' with novelty=3 are not read"),
         (LONG | {"attention_factor": 1.0}, "attention_factor=1 are not read"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 4}, "'linear' with beta_fast=4 are not read"),
-        ({"rope_type": "yam"}, "did you mean 'yarn'"),
+        ({"rope_type": "yam"}, "unknown rope_type 'yam'; did you mean .*'yarn'"),
         (
             {"rope_type": "default", "partial_rotary_factor": 0.5},
             "partial_rotary_factor=0.5 is not read in this family",
