@@ -97,8 +97,16 @@ def from_transformers(module: nn.Module) -> DecoderModel:
     if config is None or not hasattr(config, "to_dict"):
         raise TypeError(f"{type(module).__name__} has no config: expected a model of the transformers library")
     entries = config.to_dict()
+    if _method(entries.get("quantization_config")) == "gguf":
+        del entries["quantization_config"]  # how the file stored them: transformers decodes these weights as it loads
     state = lookup(str(entries.get("model_type"))).from_module(module.state_dict())
     return _assemble(entries, _StateDict(state), None, type(module).__name__)
+
+
+def _method(quantization: Any) -> str | None:
+    """The name of a quantization_config's method, which a module in memory has as an enumeration's member."""
+    found = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return None if found is None else str(getattr(found, "value", found))
 
 
 def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtype | None, origin: str) -> DecoderModel:
