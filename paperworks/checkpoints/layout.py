@@ -130,6 +130,13 @@ class Rule:
     optional: bool = False
 
 
+def pair(theirs: str, *ours: str, codec: Codec = Stacked(), optional: bool = False) -> Iterator[Rule]:
+    """The rules of a layer's weight and bias; a transposed weight has a bias as any other."""
+    yield Rule(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), codec, optional)
+    of_bias = Stacked() if isinstance(codec, Stacked) else codec
+    yield Rule(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), of_bias, optional)
+
+
 def require_depth(spec: ModelSpec, source: TensorSource, origin: str) -> None:
     """Refuse a description with more blocks than there are tensors, before anything is made for each block."""
     count = sum(1 for _ in source.keys())  # noqa: SIM118  (not a mapping)

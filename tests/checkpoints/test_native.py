@@ -179,7 +179,7 @@ def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path):
 
 
 def test_hostile_configs_are_refused(tmp_path):
-    from paperworks.checkpoints.hf_config import spec_from_config
+    from paperworks.checkpoints.families import spec_from_config
 
     good = {
         "model_type": "llama",
@@ -204,8 +204,8 @@ def test_hostile_configs_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             spec_from_config(good | change)
-    with pytest.raises(CorruptFile, match="lacks 'hidden_size'"):
-        spec_from_config({key: value for key, value in good.items() if key != "hidden_size"})
+    # transformers takes the class's default, and so do we: the weights' shapes then refuse what is not so wide
+    assert spec_from_config({key: value for key, value in good.items() if key != "hidden_size"}).dim == 4096
 
 
 def test_specs_no_family_expresses_are_not_exported(tmp_path):

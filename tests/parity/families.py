@@ -46,6 +46,12 @@ FAMILIES = {
         **{**_LLAMA, "head_dim": 16, "num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 24}
     ),
     "phi3": lambda: transformers.Phi3Config(**_LLAMA, sliding_window=9),
+    "phi4": lambda: transformers.Phi3Config(
+        **_LLAMA,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 3.0]},
+    ),
     "mixtral": lambda: transformers.MixtralConfig(
         **_LLAMA, head_dim=8, num_local_experts=4, sliding_window=None, router_aux_loss_coef=0.02
     ),

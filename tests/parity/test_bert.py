@@ -101,7 +101,9 @@ def test_published_sizes():
     """Encoder and pooler: 109,482,240 and 335,141,888 (catalogue)."""
     from dataclasses import replace
 
-    from paperworks.checkpoints.hf_bert import read_bert
+    from paperworks.checkpoints.families import lookup
+
+    read_bert = lookup("bert").read
 
     base = read_bert(transformers.BertConfig().to_dict())
     assert pw.count_parameters(base) == 109_482_240

@@ -122,3 +122,35 @@ def test_greedy_and_beam_continuations_equal_transformers(pair):
     assert torch.equal(found, expected)
     expected = theirs.generate(prompt, attention_mask=mask, num_beams=3, **settings)[:, 6:]
     assert torch.equal(beam_search(ours, prompt, beams=3, max_new_tokens=12), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"n_inner": 40, "activation_function": "relu"}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": 5.0}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+        ("pythia", {"use_parallel_residual": False, "attention_bias": False}),
+    ],
+)
+def test_entries_that_change_the_result_change_ours_as_much(family, changes, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    given = FAMILIES[family]()
+    entries = {key: value for key, value in given.to_dict().items() if key != "layer_types"}  # of the changed entries
+    config = type(given)(**{**entries, **changes, "attn_implementation": "eager"})
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in theirs.parameters():
+        parameter.mul_(3).add_(0.1 * torch.randn_like(parameter))
+    tokens = _tokens()
+    expected = theirs(tokens).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_folder(tmp_path / "theirs")
+    assert _difference(ours(tokens), expected) <= SINGLE
+    save_folder(ours, tmp_path / "ours")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    assert _difference(back(tokens).logits, expected) <= SINGLE

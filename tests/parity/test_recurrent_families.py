@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
-from paperworks.checkpoints.hf_config import spec_from_config
+from paperworks.checkpoints.families import spec_from_config
 from paperworks.generation import Sampling, decode
 from tests.parity.families import RECURRENT, oracle
 
@@ -53,7 +53,7 @@ def test_files_are_read_and_written(pair, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba", "use_bias": True}, "Mamba with use_bias=True is not read"),
+        ({"model_type": "mamba", "use_bias": True}, "mamba with use_bias=True is not read"),
         ({"model_type": "mamba", "intermediate_size": 65}, "intermediate_size is not expand x hidden_size"),
         ({"model_type": "rwkv", "attention_hidden_size": 16}, "attention_hidden_size is not hidden_size"),
     ],

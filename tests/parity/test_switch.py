@@ -13,17 +13,17 @@ from paperworks.nn import Placement
 pytestmark = pytest.mark.parity
 
 
-def config() -> transformers.SwitchTransformersConfig:
+def config(sparse: int = 2) -> transformers.SwitchTransformersConfig:
     return transformers.SwitchTransformersConfig(
         vocab_size=97, d_model=32, d_kv=6, d_ff=48, num_layers=4, num_decoder_layers=4, num_heads=4, num_experts=4,
-        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, relative_attention_num_buckets=8,
+        num_sparse_encoder_layers=sparse, num_sparse_decoder_layers=sparse, relative_attention_num_buckets=8,
         relative_attention_max_distance=12, decoder_start_token_id=0, dropout_rate=0.0,
     )  # fmt: skip
 
 
-def oracle() -> transformers.SwitchTransformersForConditionalGeneration:
+def oracle(sparse: int = 2) -> transformers.SwitchTransformersForConditionalGeneration:
     torch.manual_seed(0)
-    model = transformers.SwitchTransformersForConditionalGeneration(config()).eval()
+    model = transformers.SwitchTransformersForConditionalGeneration(config(sparse)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -59,9 +59,10 @@ def test_logits_and_gradients_equal_transformers() -> None:
         assert (one.grad - other.grad).abs().max() < 1e-3 * other.grad.abs().max()
 
 
+@pytest.mark.parametrize("sparse", [1, 2, 4])  # every fourth layer from the second on, every other, every one
 @torch.no_grad()
-def test_the_layout_is_read_and_written(tmp_path) -> None:
-    theirs = oracle()
+def test_the_layout_is_read_and_written(tmp_path, sparse: int) -> None:
+    theirs = oracle(sparse)
     source, target, _ = inputs()
     expected = theirs(input_ids=source, decoder_input_ids=target).logits
     theirs.save_pretrained(tmp_path / "theirs")

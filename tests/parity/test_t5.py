@@ -6,7 +6,7 @@ import transformers
 
 import paperworks as pw
 from paperworks.checkpoints import from_transformers, load_folder, save_folder
-from paperworks.checkpoints.hf_config import spec_from_config
+from paperworks.checkpoints.families import spec_from_config
 from paperworks.generation import Sampling, decode
 from paperworks.models.encoder import segments_of
 from paperworks.models.presets.families import t5
