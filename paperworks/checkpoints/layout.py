@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from paperworks.adapt.delta import AdaptedLinear
+from paperworks.adapt.apply import names
 from paperworks.compress.linear import CompressedLinear
 from paperworks.core.errors import CorruptFile
 from paperworks.core.processes import paths_kept_apart
@@ -251,11 +251,11 @@ def export_weights(model: nn.Module, rules: Sequence[Rule]) -> Iterator[tuple[st
 
 
 def _require_all_written(model: nn.Module, state: Mapping[str, Tensor], written: set[str]) -> None:
-    adapted = [path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-    if adapted:
+    adapters = names(model)
+    if adapters:
         raise ValueError(
-            f"the model carries adapters ({adapted[0]} and {len(adapted) - 1} more layers), which this layout cannot "
-            "hold: merge them first (adapt.merge(model)), or write them by themselves (adapt.save, adapt.save_peft)"
+            f"the model carries adapters ({', '.join(map(repr, adapters))}), which this layout cannot hold: merge them "
+            "first (adapt.merge(model)), or write them by themselves (adapt.save, adapt.save_peft)"
         )
     compressed = [path for path, module in model.named_modules() if isinstance(module, CompressedLinear)]
     if compressed:

@@ -1,6 +1,6 @@
 """Weight formats, and the layers that keep their weight in one. Works on any `torch.nn.Module`."""
 
-from paperworks.compress.account import LayerReport, Report, report
+from paperworks.compress.account import LayerReport, Report, coverage, report
 from paperworks.compress.apply import apply, decompress
 from paperworks.compress.calibration.calibration import Calibration
 from paperworks.compress.calibration.statistics import Statistics
@@ -62,6 +62,7 @@ __all__ = [
     "WeightFormat",
     "apply",
     "at_effort",
+    "coverage",
     "decompress",
     "load",
     "named",
