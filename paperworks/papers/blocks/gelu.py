@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from paperworks import train
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.lab import Beats, Lab, Paper, Verdict
 from paperworks.nn.feedforward.activations import GELU, gelu, stochastic_gelu
 from paperworks.nn.feedforward.mlp import ACTIVATIONS
-from paperworks.testbeds.digits import Digits, classified, draw, taught
+from paperworks.testbeds.digits import Digits, classified, digit_loss, draw
+from paperworks.testbeds.training import fit
 
 paper = Paper(
     key="gelu",
@@ -33,6 +33,23 @@ paper = Paper(
         "paperworks.nn.feedforward.activations.stochastic_gelu",
         "paperworks.nn.feedforward.activations.GELU",
         "paperworks.nn.feedforward.mlp.ACTIVATIONS",
+    ),
+    equation=r"\operatorname{GELU}(x) = x \, \Phi(x) = \tfrac{x}{2} \left(1 + \operatorname{erf}(x / \sqrt{2})\right)",
+    usage="""
+import torch
+from paperworks.nn import MLP
+from paperworks.nn.feedforward.activations import stochastic_gelu
+
+x = torch.randn(2, 16, 768)
+bert = MLP(hidden=3072, activation="gelu").build(768)       # by erf: BERT
+gpt2 = MLP(hidden=3072, activation="gelu_tanh").build(768)  # by tanh: GPT-2, Gemma
+gpt2.load_state_dict(bert.state_dict())
+print("largest difference of the two forms:", float((bert(x) - gpt2(x)).detach().abs().max()))
+print("x = -0.5, mean of 10,000 masks:", float(stochastic_gelu(torch.full((10_000,), -0.5)).mean()))
+""",
+    notes=(
+        "A checkpoint needs the form it was trained with: exact (BERT), tanh (GPT-2, Gemma) or sigmoid. "
+        "The paper's image and speech sets are replaced by drawn digits."
     ),
 )
 
@@ -58,7 +75,7 @@ def is_the_expectation(lab: Lab) -> Verdict:
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(gelu(leaf).sum(), leaf)
-    draws, times = torch.Generator().manual_seed(lab.seed), lab.pick(smoke=1000, small=400_000)
+    draws, times = lab.generator(lab.seed), lab.pick(smoke=1000, small=400_000)
     points = torch.tensor([-2.0, -0.75, -0.1, 0.5, 1.5], dtype=torch.float64)
     masked = stochastic_gelu(points.repeat(times, 1), generator=draws)
     spread = (masked.std(0) / math.sqrt(times)).clamp(min=1e-12)
@@ -102,20 +119,19 @@ def _tanh_form(x: Tensor, cubic: float) -> Tensor:
 
 
 DEPTH, WIDTH = 8, 128  # Section 3.1
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-UNITS: dict[str, Callable[[], nn.Module]] = {
-    "GELU": GELU,
-    "ReLU": nn.ReLU,
-    "ELU": nn.ELU,
-    "none (linear)": nn.Identity,
+BATCH = 64
+# Activation -> its module, and the best of the rates 1e-3, 3e-3, 1e-2 and 3e-2 on seed 100 and pictures of its own.
+UNITS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "GELU": (GELU, 1e-2),
+    "ReLU": (nn.ReLU, 3e-3),
+    "ELU": (nn.ELU, 3e-3),
 }
 
 
 def _classifier(unit: Callable[[], nn.Module]) -> nn.Module:
     """Eight layers; weights as He et al. draw them, for all units alike."""
-    widths = [64, *[WIDTH] * (DEPTH - 1)]
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in pairwise(widths):
+    for before, after in pairwise([64, *[WIDTH] * (DEPTH - 1)]):
         layers += [nn.Linear(before, after), unit()]
     layers.append(nn.Linear(WIDTH, 10))
     for layer in layers:
@@ -125,89 +141,47 @@ def _classifier(unit: Callable[[], nn.Module]) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _run(lab: Lab, name: str, lr: float, seed: int, digits: Digits, other: Digits) -> tuple[float, float]:
-    """Return (loss, percent of errors) on `other` after training from `seed`."""
-    steps = lab.pick(smoke=3, small=1200)
-    torch.manual_seed(seed)
-    settings = train.Settings(
-        steps=steps,
-        lr=lr,
-        schedule="linear",
-        warmup=0.0,
-        min_lr=0.0,
-        optimizer=train.AdamW(weight_decay=0.0),
-        clip=None,
-        seed=seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    model = taught(lab, _classifier(UNITS[name]), digits, settings, f"{name}, rate {lr:g}, seed {seed}", rows=64)
-    loss, error = classified(lab, model, other)
-    return loss, 100 * error
+@cache
+def _digits(rows: int, held_out: int, seed: int) -> tuple[Digits, Digits]:
+    """Digits to train on and digits to test on; every seed has its own."""
+    return draw(rows, 1000 + seed), draw(held_out, 2000 + seed)
 
 
 @paper.claim(
-    "Networks with it err no more than with ReLU or ELU",
+    "Networks with it have a lower test error than with ReLU or ELU",
     paper="Section 3: CIFAR-10 7.89% against 8.16 (ReLU) and 8.41 (ELU), CIFAR-100 20.74 / 21.77 / 22.98, TIMIT 29.3 / "
-    "29.5 / 29.6; lower loss on MNIST with eight layers of 128 units",
-    control="ReLU and ELU, each with its own best rate; and no nonlinearity at all",
+    "29.5 / 29.6",
+    control="the same network with ReLU, or with ELU, each at its own best rate",
 )
-def errs_no_more(lab: Lab) -> Verdict:
-    """Eight layers of 128 on drawn digits; the rate of each unit chosen on a third set; median over seeds."""
-    rows, held_out = lab.pick(smoke=(256, 500), small=(4000, 10_000))
-    digits, choosing, testing = draw(rows, 1), draw(held_out // 2, 2), draw(held_out, 3)
-    seeds = range(lab.seed, lab.seed + lab.pick(smoke=1, small=5))
-    rates: dict[str, float] = {}
-    errors: dict[str, list[float]] = {}
-    losses: dict[str, float] = {}
-    for name in UNITS:
-        tried = {
-            lr: _run(lab, name, lr, lab.seed + 100, digits, choosing)[1]
-            for lr in lab.pick(smoke=RATES[:1], small=RATES)
-        }
-        rates[name] = min(tried, key=lambda lr: tried[lr])
-        found = [_run(lab, name, rates[name], seed, digits, testing) for seed in seeds]
-        errors[name] = [error for _, error in found]
-        losses[name] = statistics.median(loss for loss, _ in found)
-    medians = {name: statistics.median(values) for name, values in errors.items()}
-    with lab.figure("errors", figsize=(7.2, 2.6)) as figure:
-        axes = figure.subplots()
-        shown = ["ELU", "ReLU", "GELU"]
-        for place, name in enumerate(shown):
-            color = COLORS[0] if name == "GELU" else CONTROL
-            axes.plot(errors[name], [place] * len(errors[name]), "o", color=color, alpha=0.5, markersize=6)
-            axes.plot([medians[name]] * 2, [place - 0.25, place + 0.25], color=color)
-            axes.text(medians[name], place + 0.3, f"{medians[name]:.2f}", ha="center", va="bottom", color=INK)
-        axes.set_yticks(range(len(shown)), shown)
-        axes.set_ylim(-0.5, len(shown) - 0.2)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("test error, percent")
-        axes.set_title("Five seeds of each unit and their median")
-    return lab.judge(
-        checks={
-            "at most 0.3 points above ReLU": medians["GELU"] <= medians["ReLU"] + 0.3,
-            "at most 0.3 points above ELU": medians["GELU"] <= medians["ELU"] + 0.3,
-            "linear layers alone are at least 5 points worse": medians["none (linear)"] >= medians["GELU"] + 5,
-        },
-        measured={
-            "median test error, percent": medians["GELU"],
-            "by seed": errors["GELU"],
-            "median test loss": losses["GELU"],
-            "rate": rates["GELU"],
-        },
-        control={
-            key: value
-            for name in UNITS
-            if name != "GELU"
-            for key, value in {
-                f"median test error, {name}": medians[name],
-                f"by seed, {name}": errors[name],
-                f"median test loss, {name}": losses[name],
-                f"rate, {name}": rates[name],
-            }.items()
-        },
-        note=f"{rows:,} drawn digits of 8 x 8 pixels, {held_out:,} others for the test; weights as He et al. draw them "
-        f"for every unit, Adam, a rate that falls linearly to 0. GELU's error minus ELU's is "
-        f"{medians['GELU'] - medians['ELU']:+.2f} points; the paper finds it below on every set.",
+def lower_error(lab: Lab) -> Verdict:
+    """Train eight layers of 128 units on drawn digits with each activation, and count errors on other digits."""
+    steps, rows, held_out = lab.pick(smoke=(3, 256, 500), small=(1200, 4000, 10_000))
+
+    def arm(unit: Callable[[], nn.Module], rate: float) -> Callable[[int], dict[str, float]]:
+        def errors(seed: int) -> dict[str, float]:
+            training, test = _digits(rows, held_out, seed)
+            picked = torch.randint(rows, (steps, BATCH), generator=lab.generator(seed))
+            batches = [{"x": training.pictures[some], "y": training.labels[some]} for some in picked]
+            model = _classifier(unit)
+            decay = {"schedule": "linear", "warmup": 0.0, "min_lr": 0.0, "clip": None}
+            adam = train.AdamW(weight_decay=0.0)
+            with lab.threads(1):
+                fit(model, digit_loss, batches, steps=steps, lr=rate, seed=seed, optimizer=adam, **decay)
+            loss, error = classified(lab, model.eval(), test)
+            return {"test error, percent": 100 * error, "test loss": loss}
+
+        return errors
+
+    verdict = lab.compare(
+        arms={name: arm(unit, rate) for name, (unit, rate) in UNITS.items()},
+        # The paper's distance on CIFAR-10.
+        main=Beats("GELU", "ReLU", on="test error, percent", by=0.27, lower=True),
+        also=[Beats("GELU", "ELU", on="test error, percent", lower=True)],
+        seeds=3,
+        note=f"{rows:,} drawn digits of 8 x 8 pixels, {held_out:,} others for the test, {steps:,} steps of {BATCH}; "
+        "weights as He et al. draw them for every activation, Adam, a rate that falls linearly to 0, no dropout. "
+        "Where ELU is ahead, the likely reason is the short training of eight layers without a norm, which rewards its "
+        "mean near 0.",
     )
+    lab.points("test error, percent", name="errors", title="Test error with each activation")
+    return verdict
