@@ -108,7 +108,7 @@ def test_a_file_that_moved_is_recorded_again_without_a_run(list_of_three, tmp_pa
     path = tmp_path / "results" / "fresh.json"
     document = json.loads(path.read_text())
     sources = document["sources"]
-    document["sources"] = {f"elsewhere{n}.py": source for n, source in enumerate(sources.values())}
+    document["sources"] = {f"elsewhere{number}.py": source for number, source in enumerate(sources.values())}
     path.write_text(json.dumps(document))
     cli.main(["refresh", "fresh"])
     assert list_of_three == []
