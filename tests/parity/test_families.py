@@ -61,9 +61,16 @@ def test_left_padded_logits_equal_transformers(pair):
 
 @torch.no_grad()
 def test_cached_logits_equal_transformers_cached_ones(pair):
-    _, theirs, ours = pair
+    name, theirs, ours = pair
     tokens = _tokens()
     split = 11
+    if name == "phi4":
+        # LongRoPE changes its factors with the length. transformers does so in the middle of a sequence, and what it
+        # computes with a cache is then not what it computes without; ours rotates all keys for the cache's capacity.
+        cache = ours.new_cache(2, TIME)
+        parts = [ours(part, Placement(cache=cache)) for part in tokens.split([split, TIME - split], 1)]
+        assert _difference(torch.cat(parts, 1), theirs(tokens).logits) <= SINGLE
+        return
     first = theirs(tokens[:, :split], use_cache=True)
     second = theirs(tokens[:, split:], past_key_values=first.past_key_values, use_cache=True).logits
     cache = ours.new_cache(2, TIME)
