@@ -23,6 +23,7 @@ from paperworks.interpret.taps import edit, record
 
 Run = Callable[[Float[Tensor, "n dim"]], Any]  # the model's outputs with these activations in one place
 Toward = Literal["activation", "reconstruction"]
+ROUNDINGS = 100  # differences of a metric up to this many relative roundings of its values count as none
 
 
 @dataclass(frozen=True)
@@ -225,20 +226,29 @@ def approximation(
         metric: metric(output) -> one number a prompt, such as a logit difference.
         mean: of the activations; None is that of `x`.
 
-    Raises ValueError when the metric is the same with and without the activations, or shapes differ.
+    Raises ValueError when the metric is the same with and without the activations, up to rounding, or shapes differ.
     """
     if x.shape != reconstruction.shape:
         raise ValueError(f"activations {tuple(x.shape)} and reconstruction {tuple(reconstruction.shape)} differ")
     mean = x.mean(dim=0) if mean is None else mean
 
+    size, precision = 0.0, torch.finfo(x.dtype).eps
+
     def score(activations: Tensor) -> float:
-        return float(metric(run(activations)).double().mean())
+        nonlocal size, precision
+        values = metric(run(activations))
+        if values.is_floating_point():
+            precision = max(precision, torch.finfo(values.dtype).eps)
+        size = max(size, float(values.double().abs().mean()))
+        return float(values.double().mean())
 
     clean, ablated = score(x), score(mean.expand_as(x))
     whole = abs(clean - ablated)
-    if whole == 0:
+    # A metric that the activations do not change differs by the rounding of what computes it, some tens of roundings.
+    if whole <= ROUNDINGS * precision * size:
         raise ValueError(
-            f"the metric is {clean:.4g} with the activations and with their mean alike: nothing here to approximate"
+            f"the metric is {clean:.4g} with the activations and with their mean alike: nothing here to approximate; "
+            f"they differ by {whole:.1g}, as rounding does. Take a metric that the activations change"
         )
     spliced, left = score(reconstruction), score(mean + x - reconstruction)
     return Approximation(1 - abs(clean - spliced) / whole, 1 - abs(ablated - left) / whole, clean, ablated)

@@ -186,6 +186,23 @@ def test_scores_have_their_ends_and_follow_their_formula():
         approximation(x, x[:3], run, lambda output: output)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_approximation_refuses_a_metric_that_the_activations_change_by_rounding_only(dtype):
+    # A linear metric has the same mean with x and with the mean of x in its place, but for rounding.
+    x = torch.randn(57, 64, dtype=dtype, generator=draws(5)) + 1
+    weight = torch.randn(64, dtype=dtype, generator=draws(6))
+    assert float((x @ weight).double().mean() - (x.mean(0) @ weight).double()) != 0
+    with pytest.raises(ValueError, match="alike: nothing here"):
+        approximation(x, x, lambda y: y, lambda output: output @ weight)
+    # The rounding of a float32 model stays what it is when the metric is computed in float64.
+    with pytest.raises(ValueError, match="alike: nothing here"):
+        approximation(x, x, lambda y: y @ weight, lambda output: output.double())
+    # A small effect that is no rounding is scored.
+    small = approximation(x, x, lambda y: y @ weight, lambda output: 1 + 1e-3 * output.square())
+    assert small.sufficiency == 1
+    assert abs(small.clean - small.ablated) < 0.2
+
+
 def autoencoder(latents=10, dim=6):
     torch.manual_seed(3)
     model = sae.Standard(latents=latents, penalty=1.0, decoder="weighted").build(dim).double().eval()
