@@ -23,6 +23,7 @@ from paperworks.checkpoints.layout import (
 from paperworks.checkpoints.safetensors import open_store, write_shards
 from paperworks.core import atomic
 from paperworks.core.errors import CorruptFile
+from paperworks.core.json_files import read_json_object
 from paperworks.models import DecoderModel, Seq2Seq
 
 
@@ -74,20 +75,9 @@ class _StateDict:
         return self._state[name].detach().clone()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `CorruptFile` if the file is not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not valid JSON: {error}; fetch or write it again") from error
-    if not isinstance(data, dict):
-        raise CorruptFile(f"{path} should hold a JSON object, it holds a {type(data).__name__}")
-    return data
-
-
 def load_folder(folder: Path, dtype: torch.dtype | None = None) -> DecoderModel:
     """Load a folder in the Hugging Face layout, in its own dtype unless another is asked for."""
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     return _assemble(config, open_store(folder), dtype, str(folder))
 
 

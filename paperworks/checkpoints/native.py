@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from paperworks.checkpoints.huggingface import read_json
 from paperworks.checkpoints.layout import (
     Rule,
     build_empty,
@@ -24,6 +23,7 @@ from paperworks.checkpoints.upgrade import from_format_1
 from paperworks.compress.files import describe, revive
 from paperworks.core import atomic
 from paperworks.core.errors import CorruptFile
+from paperworks.core.json_files import read_json_object
 from paperworks.models import ModelSpec
 from paperworks.nn import Spec
 
@@ -67,7 +67,7 @@ def model_spec(model: nn.Module) -> ModelSpec:
 
 def load_native(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """Load a folder that `save_native` wrote."""
-    header = read_json(folder / "spec.json")
+    header = read_json_object(folder / "spec.json")
     if header.get("format") == 1:
         header = header | {"spec": from_format_1(header.get("spec"))}
     elif header.get("format") != FORMAT:

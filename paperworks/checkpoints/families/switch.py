@@ -42,7 +42,8 @@ class Switch(T5):
         "feed_forward_proj": ("relu",),
         "add_cross_attention": (False,),
     }
-    # expert_capacity: which tokens training loses; transformers sets the sparse steps from the numbers of layers
+    # expert_capacity is passed over: where a sequence sends more tokens to an expert, transformers drops the rest, in
+    # evaluation too; here none is dropped. The sparse steps follow from the numbers of layers.
     inert: ClassVar[frozenset[str]] = frozenset(
         {
             "add_router_probs", "batch_prioritized_routing", "classifier_dropout", "decoder_sparse_step",
