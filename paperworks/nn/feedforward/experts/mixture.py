@@ -60,7 +60,7 @@ class Experts(Feedforward):
             raise ValueError("Experts.expert is itself a mixture of experts; nest them by a router over groups instead")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return ExpertsModule(dim, self)
 
 
@@ -115,7 +115,7 @@ class ExpertsModule(nn.Module):
         return torch.zeros_like(flat).index_add(0, tokens, scaled.to(flat.dtype))
 
     def _work(self, inputs: Tensor, counts: Tensor) -> Tensor:
-        """Return the outputs for inputs sorted by expert, `counts` of them for each."""
+        """The outputs for inputs sorted by expert, `counts` of them for each."""
         experts = self._experts_here()
         parts = inputs.split(counts.tolist())
         outputs = [
@@ -128,16 +128,17 @@ class ExpertsModule(nn.Module):
         return list(self.experts)
 
     def _unused(self, expert: nn.Module, part: Tensor) -> Tensor:
-        """Return nothing; in training in a way that gives the expert's parameters gradients of zero, not none."""
+        """Output of an expert without tokens; in training a sum that gives its parameters gradients of zero."""
         return self._nothing(expert, part) if self.training and torch.is_grad_enabled() else part
 
     def _nothing(self, expert: nn.Module, part: Tensor) -> Tensor:
         total: Any = sum((p.sum() * 0 for p in expert.parameters() if p.requires_grad), start=part.new_zeros(()))
-        return part + total
+        out: Tensor = part + total
+        return out
 
 
 def served(experts: Int[Tensor, "tokens top"], count: int, factor: float) -> Bool[Tensor, "tokens top"]:
-    """Return where a choice is within the capacity of its expert, floor(factor * tokens * top / count)."""
+    """Where a choice is within the capacity of its expert, floor(factor * tokens * top / count)."""
     tokens, top = experts.shape
     if not processes.is_spread():
         return within_capacity(experts, count, _capacity(factor, tokens, top, count))
@@ -161,7 +162,7 @@ def within_capacity(
     capacity: int,
     before: Int[Tensor, "top count"] | None = None,
 ) -> Bool[Tensor, "tokens top"]:
-    """Return where a choice is among the first `capacity` of its expert.
+    """Where a choice is among the first `capacity` of its expert.
 
     All tokens' first choices come before any second choice (GShard), and within a choice tokens come in order. `before`
     counts what comes before from elsewhere: for each choice, first or second or so, and each expert.
