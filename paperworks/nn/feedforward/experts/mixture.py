@@ -31,6 +31,8 @@ class Experts(Feedforward):
             first choices before second ones and then in order; for those beyond, that expert gives nothing. Inside
             `processes.one_batch()` the tokens are those of all processes, in the order of the processes.
         capacity_evaluation: the factor outside training (Switch: 2.0); None means the same.
+        capacity_tokens: instead of a factor, how many tokens of each sequence of a call an expert takes, in order
+            (Hugging Face's Switch counts so). None loses no token.
         shared: experts that all tokens go to, with weight 1.
     """
 
@@ -41,6 +43,7 @@ class Experts(Feedforward):
     capacity: float | None = None
     capacity_evaluation: float | None = None
     shared: int = 0
+    capacity_tokens: int | None = None
 
     def validate(self) -> None:
         """Check that there are enough experts."""
@@ -56,6 +59,15 @@ class Experts(Feedforward):
                 raise ValueError(f"Experts.{name} must be positive, or None to lose no token, got {factor}")
         if self.capacity is None and self.capacity_evaluation is not None:
             raise ValueError("Experts.capacity_evaluation needs a capacity in training too")
+        if self.capacity_tokens is not None:
+            if self.capacity_tokens < 1:
+                raise ValueError(
+                    f"Experts.capacity_tokens must be at least 1, or None to lose no token, got {self.capacity_tokens}"
+                )
+            if self.capacity is not None:
+                raise ValueError(
+                    "Experts has both capacity and capacity_tokens; give one: a factor, or a count of tokens"
+                )
         if isinstance(self.expert, Experts):
             raise ValueError("Experts.expert is itself a mixture of experts; nest them by a router over groups instead")
 
@@ -91,6 +103,8 @@ class ExpertsModule(nn.Module):
         factor = self._factor()
         if factor is not None:
             weights = weights * served(experts, self.spec.count, factor)
+        elif self.spec.capacity_tokens is not None:
+            weights = weights * served_of_each(experts, self.spec.count, self.spec.capacity_tokens, x.shape[-2])
         out = self._dispatch(flat, experts, weights)
         for expert in self.shared:
             out = out + expert(flat)
@@ -150,6 +164,13 @@ def served(experts: Int[Tensor, "tokens top"], count: int, factor: float) -> Boo
     # a choice comes after all processes' better choices, and after earlier processes' equally good ones
     before = others.sum(0).cumsum(0) - others.sum(0) + others[: processes.rank()].sum(0)
     return within_capacity(experts, count, capacity, before)
+
+
+def served_of_each(
+    experts: Int[Tensor, "tokens top"], count: int, capacity: int, time: int
+) -> Bool[Tensor, "tokens top"]:
+    """Where a choice is among the first `capacity` of its expert in its own sequence of `time` tokens."""
+    return torch.cat([within_capacity(own, count, capacity) for own in experts.split(time)])
 
 
 def _capacity(factor: float, tokens: int, top: int, count: int) -> int:
