@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from paperworks import train
 from paperworks.compress.pruning.soft_topk import annealed, kept_units, mask_hidden_units, set_temperature
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.models import DecoderModel, count_parameters
+from paperworks.lab import Beats, Lab, Paper, Verdict, Within
+from paperworks.models import Decoder, DecoderModel, count_parameters
 from paperworks.models.presets.afm import afm, afm_on_device
 from paperworks.models.surgery.pruning import keep_hidden_units
 from paperworks.nn.feedforward.mlp import GatedMLPModule
 from paperworks.testbeds.characters import BATCH, LENGTH, LR, play
+from paperworks.testbeds.training import fit
 from paperworks.train.distillation import Top1Distillation, top1_distillation_sum
 from paperworks.train.objective import Loss
 
@@ -64,7 +67,7 @@ def sizes_gradient_and_cut(lab: Lab) -> Verdict:
     spec = afm_on_device()
     embedding = spec.vocab_size * spec.dim
     rest = count_parameters(spec) - embedding
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     logits = torch.randn(64, 50, dtype=torch.float64, generator=draws, requires_grad=True)
     teacher = torch.randn(64, 50, dtype=torch.float64, generator=draws)
     labels = torch.randint(50, (64,), generator=draws)
@@ -161,7 +164,7 @@ def _score(lab: Lab, model: DecoderModel) -> dict[str, float]:
 @paper.claim(
     "A model pruned by learned soft top-k masks starts ahead of one from scratch, and stays ahead",
     paper="The on-device recipe: starting from a pruned 6.4B model, and distillation, improve over training anew",
-    control="the same small model from random weights, on the same windows for as many steps; random units kept",
+    control="the same small model from random weights, on the same windows for as many steps",
     reach="real",
 )
 def pruning_is_a_start(lab: Lab) -> Verdict:
