@@ -248,7 +248,6 @@ def scalings_are_exact(lab: Lab) -> Verdict:
     paper="Equation 16: only relative positions enter the scores",
     kind="exact",
     control="only the second half of the tokens moved by 1000, which changes distances",
-    reach="real",
 )
 @torch.no_grad()
 def positions_may_be_shifted(lab: Lab) -> Verdict:

@@ -228,7 +228,6 @@ def _worker(rank: int, workers: int, spec: Decoder, length: int, tokens: int, se
     paper="Section 6: the same outputs as full attention, decoding with the cache of a long text over many devices",
     kind="exact",
     control="one process, which holds four times as much; a quarter of the cache alone",
-    reach="real",
 )
 def four_processes_agree(lab: Lab) -> Verdict:
     """Decode 20 tokens with SmolLM2 from a cache of 16,384 drawn keys and values, under gloo."""

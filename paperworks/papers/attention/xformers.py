@@ -157,7 +157,6 @@ def _sequences(lab: Lab, seed: int) -> list[Int[Tensor, " time"]]:
     paper="BlockDiagonalMask.from_seqlens: packed batches of variable length",
     kind="exact",
     control="the row without segments, where each text sees those before it",
-    reach="real",
 )
 @torch.no_grad()
 def packs_without_padding(lab: Lab) -> Verdict:

@@ -35,10 +35,10 @@ paper = Paper(
         "paperworks.testbeds.recall.RepeatedPairs",
     ),
     equation=r"p(\text{answer} \mid \text{examples}, \text{question}), \text{ with weights that do not change}",
-    usage="""
+    usage=r"""
 from paperworks.models import count_parameters, preset
 import paperworks as pw
-from paperworks.evaluate import few_shot, score_choices
+from paperworks.evaluate import score_choices
 
 print("gpt3-175b:", count_parameters(preset("gpt3-175b")), "parameters")
 model = pw.load("smollm2")

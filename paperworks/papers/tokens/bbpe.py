@@ -162,7 +162,6 @@ def _symbols() -> dict[int, str]:
     paper="Section 2 and Table 1: out-of-vocabulary is impossible; vocabularies an eighth of BPE's",
     kind="exact",
     control="BPE over characters of the same text, with an unknown token",
-    reach="real",
 )
 def nothing_is_unknown(lab: Lab) -> Verdict:
     """Learn both from the mixed text and write Korean, which neither has seen; count tokens at growing vocabularies."""

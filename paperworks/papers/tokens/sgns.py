@@ -46,11 +46,12 @@ paper = Paper(
         r"v_{w_I}), \quad P_n \propto U^{3/4}"
     ),
     usage="""
+import torch
 from paperworks.data.text.phrases import Phrases
 from paperworks.data.text.word_contexts import NoiseWords, keep_probability
 
 counts = [1000, 300, 50, 5]
-print("noise:", NoiseWords(counts).draw((10,)).tolist())
+print("noise:", NoiseWords(counts).draw((10,), torch.Generator().manual_seed(0)).tolist())
 print("kept of each word:", keep_probability(counts, 1e-2, "tool").tolist())
 lines = [["new", "york", "is", "large"], ["he", "left", "new", "york"]] * 20
 print("phrases:", Phrases.find(lines, discount=5, threshold=0.01).joined)
