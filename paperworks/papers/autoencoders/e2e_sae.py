@@ -76,7 +76,7 @@ class Toy(nn.Module):
         self.layers = nn.Sequential(nn.Linear(DIM, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
 
     def forward(self, features: Float[Tensor, "batch 64"]) -> Float[Tensor, "batch classes"]:
-        """Return logits; the tap sees the features in a rotated basis."""
+        """Logits; the tap sees the features in a rotated basis."""
         logits: Tensor = self.layers(self.tap(features @ self.basis))
         return logits
 
@@ -90,7 +90,7 @@ def _draw(count: int, generator: torch.Generator) -> Float[Tensor, "count 64"]:
 
 
 def _labels(features: Float[Tensor, "count 64"]) -> Int[Tensor, " count"]:
-    """Return the class: the largest of 8 fixed mixtures of the features that are used."""
+    """The class: the largest of 8 fixed mixtures of the features that are used."""
     mixing = torch.randn(USED, CLASSES, generator=torch.Generator().manual_seed(7))
     return (features[:, :USED] @ mixing + 0.1 * torch.arange(CLASSES)).argmax(dim=1)
 

@@ -64,7 +64,7 @@ class Unweighted(StandardAutoencoder):
     """The control: the same autoencoder, free lengths included, without ||W_dec,i|| in the penalty."""
 
     def loss(self, x: Float[Tensor, "batch dim"], progress: float) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return mean ||x - x'||^2 + penalty * mean sum f."""
+        """Mean ||x - x'||^2 + penalty * mean sum f."""
         latents = self.encode(x)
         self.see(latents)
         error = squared_error(x, self.decode(latents))

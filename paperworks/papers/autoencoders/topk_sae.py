@@ -83,7 +83,7 @@ def beats_l1_with_fewer_latents(lab: Lab) -> Verdict:
     """Train TopK with and without AuxK, and L1 at the penalty that ends at a little more than k latents."""
 
     def arm(name: str, spec: sae.SparseAutoencoderSpec, centre: bool) -> Callable[[int], dict[str, float]]:
-        return lambda seed: _numbers(trained(lab, spec.build, name, centre=centre, clip=1.0, seed=seed))
+        return lambda seed: _numbers(trained(lab, spec.build, name, steps=1500, centre=centre, clip=1.0, seed=seed))
 
     ours, without, plain = "TopK with AuxK", "TopK without AuxK", "L1, penalty 3"
     verdict = lab.compare(
@@ -102,7 +102,7 @@ def beats_l1_with_fewer_latents(lab: Lab) -> Verdict:
             AtLeast(ours, 0.95, on="mean best cosine"),
         ],
         seeds=3,
-        note=SETTING + f" Gradients clipped to 1. Mean ||x||^2 of 64; 2,000 steps; k = {K}.",
+        note=SETTING + f" Gradients clipped to 1. Mean ||x||^2 of 64; 1,500 steps; k = {K}.",
     )
     lab.points("FVU", name="error", title="Variance unexplained")
     return verdict
@@ -136,7 +136,7 @@ def auxk_revives(lab: Lab) -> Verdict:
 
             build = _spec(aux).build
             done = trained(
-                lab, build, name, steps=1500, centre=True, clip=1.0, prepare=_tuck_away, watch=watch, seed=seed
+                lab, build, name, steps=1000, centre=True, clip=1.0, prepare=_tuck_away, watch=watch, seed=seed
             )
             return _numbers(done) | {"step": looks, "latents long off, percent": dead}
 
@@ -152,7 +152,7 @@ def auxk_revives(lab: Lab) -> Verdict:
             Beats(ours, control, on="FVU", lower=True),
         ],
         seeds=3,
-        note=f"{SETTING} 1,500 steps; the encoder rows of {TUCKED_AWAY} of 256 latents start at 2% of their length. "
+        note=f"{SETTING} 1,000 steps; the encoder rows of {TUCKED_AWAY} of 256 latents start at 2% of their length. "
         f"Long off: not on for the last {DEAD_AFTER:,} inputs.",
     )
     lab.curves("latents long off, percent", x="step", name="dead")

@@ -59,7 +59,7 @@ print(toy.dimensionality(model.weight.detach()).round(decimals=2))  # 0.4: a cor
 
 FEATURES, HIDDEN = 5, 2
 DENSITIES = (1.0, 0.6, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)  # 1 - S, the chance that a feature is active
-STEPS, BATCH, STARTS = 5000, 256, 8
+STEPS, BATCH, STARTS = 3500, 256, 6
 STORED = 0.5  # a feature is stored when ||W_i|| is above this: half of what a feature alone would have
 NAMES: dict[str, toy.Rectifier] = {
     "ReLU on the output": "output",
