@@ -98,8 +98,8 @@ def _train(
         return (toy.sparse_features(BATCH, density, features, draws) for _ in range(steps))
 
     # A common norm of the gradients would tie the instances together.
-    recipe = {"optimizer": train.AdamW(weight_decay=0.0), "clip": None, "schedule": "constant", "warmup": 0}
-    fit(model, loss, batches, steps=steps, lr=3e-3, seed=seed, **recipe)
+    adam = train.AdamW(weight_decay=0.0)
+    fit(model, loss, batches, steps=steps, lr=3e-3, seed=seed, optimizer=adam, clip=None, schedule="constant", warmup=0)
     losses, rounds = torch.zeros(instances), 25
     with torch.no_grad():
         for _ in range(rounds):
