@@ -25,7 +25,6 @@ from paperworks.papers.autoencoders.sae_supervised_eval.name_edits import (
     CHANGES,
     KINDS,
     SITES,
-    STEPS,
     SWAP,
     Judged,
     fitted,
@@ -78,6 +77,7 @@ print("edits that read as the counterfactual:", agreement(lambda y: y, edited, t
 
 SMALL, LARGE = 0.3, 1.0  # magnitudes of the third attribute; the first two have 1 and 0.8
 LATENTS = 32
+STEPS = 3000  # after 2,000 a small attribute's feature is not there yet, whatever its length
 
 
 def _data(third: float, seed: int) -> AdditiveAttributes:
