@@ -86,7 +86,7 @@ def _batches(tokenizer: Any, options: Options) -> list[Tensor]:
 
 
 def page(views: Sequence[FeatureView], text_of: Callable[[int], str], title: str, about: str) -> str:
-    """Return the HTML: one file that needs no network."""
+    """The HTML: one file that needs no network."""
 
     def named(pairs: Sequence[tuple[int, float]]) -> list[list[object]]:
         return [[text_of(token), round(value, 4)] for token, value in pairs]

@@ -20,7 +20,7 @@ LR = 3e-3  # the rate at which the catalogue of methods asks for "no norm" to fa
 
 @cache
 def play() -> CharacterText:
-    """Return tinyshakespeare, the last tenth held out; raises AssetUnavailable when it cannot be had."""
+    """Tinyshakespeare, the last tenth held out; raises AssetUnavailable when it cannot be had."""
     return CharacterText.load("tinyshakespeare", download=True)
 
 
@@ -65,7 +65,7 @@ def further_trained(lab: Lab, model: DecoderModel, steps: int, seed: int, descri
 
 
 def held_out_loss(lab: Lab, model: DecoderModel) -> float:
-    """Return the loss in nats a character on the last tenth of the play."""
+    """The loss in nats a character on the last tenth of the play."""
     windows = play().held_out_windows(length=LENGTH, count=lab.pick(smoke=16, small=HELD_OUT))
     with lab.threads(1):
         return train.evaluate(model, train.next_token_loss, windows)["loss"]

@@ -24,7 +24,7 @@ from paperworks.lab import Lab
 def _arc(
     x: float, y: float, width: float, height: float, begin: float, end: float, pieces: int = 7
 ) -> list[tuple[float, float]]:
-    """Return corners on an ellipse; angles in turns, from the right, upwards."""
+    """Corners on an ellipse; angles in turns, from the right, upwards."""
     angles = [2 * math.pi * (begin + (end - begin) * i / pieces) for i in range(pieces + 1)]
     return [(x + width * math.cos(angle), y - height * math.sin(angle)) for angle in angles]
 
@@ -46,7 +46,7 @@ STROKES: tuple[list[list[tuple[float, float]]], ...] = (
 
 @cache
 def _segments() -> Float[Tensor, "digit segment end axis"]:
-    """Return the straight pieces of every digit, the last one repeated where a digit has fewer than others."""
+    """The straight pieces of every digit, the last one repeated where a digit has fewer than others."""
     pieces = [[pair for stroke in strokes for pair in pairwise(stroke)] for strokes in STROKES]
     most = max(map(len, pieces))
     return torch.tensor([each + [each[-1]] * (most - len(each)) for each in pieces])
@@ -91,7 +91,7 @@ def draw(rows: int, seed: int, *, side: int = 8, noise: float = 0.15) -> Digits:
 
 
 def _ink(ends: Tensor, pixels: Tensor, width: Tensor, side: int) -> Tensor:
-    """Return how dark each pixel is: 1 within the pen's width of a segment, fading over one pixel."""
+    """How dark each pixel is: 1 within the pen's width of a segment, fading over one pixel."""
     begin, along = ends[:, :, 0], ends[:, :, 1] - ends[:, :, 0]
     away = pixels[None, :, None] - begin[:, None]
     share = (away * along[:, None]).sum(-1) / along.square().sum(-1)[:, None].clamp(min=1e-9)
@@ -100,7 +100,7 @@ def _ink(ends: Tensor, pixels: Tensor, width: Tensor, side: int) -> Tensor:
 
 
 def classified(lab: Lab, model: nn.Module, digits: Digits) -> tuple[float, float]:
-    """Return (mean cross entropy, share of errors)."""
+    """(mean cross entropy, share of errors)."""
     with lab.threads(1):
         measured = train.evaluate(model, digit_loss, _batches(digits, 500))
     return measured["loss"], measured["error"]
@@ -135,7 +135,7 @@ def taught(
 
 
 def digit_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """Return the summed cross entropy, the pictures counted, and the share of wrong ones."""
+    """The summed cross entropy, the pictures counted, and the share of wrong ones."""
     logits = model(batch["x"])
     wrong = (logits.argmax(-1) != batch["y"]).float().mean()
     return F.cross_entropy(logits, batch["y"], reduction="sum"), len(logits), {"error": wrong}

@@ -23,13 +23,13 @@ class Task(Protocol):
         """Ids there are."""
 
     def draw(self, rows: int, draws: torch.Generator) -> dict[str, Tensor]:
-        """Return so many rows."""
+        """so many rows."""
 
 
 def small(
     task: Task, mixer: Mixer, *, dim: int = 64, depth: int = 2, feedforward: Feedforward | None = None
 ) -> Decoder:
-    """Return a small pre-norm model of one kind of mixer."""
+    """A small pre-norm model of one kind of mixer."""
     block = Block(norm=RMSNorm(), mixer=mixer, feedforward=feedforward)
     return Decoder(vocab_size=task.vocab_size, dim=dim, depth=depth, block=block, norm=RMSNorm())
 
@@ -80,7 +80,7 @@ def taught(
 
 @torch.no_grad()
 def remembered(model: nn.Module, task: Task, rows: int, seed: int = 99) -> float:
-    """Return the share of asked tokens that are right, on rows not trained on."""
+    """The share of asked tokens that are right, on rows not trained on."""
     batch = task.draw(rows, torch.Generator().manual_seed(seed))
     asked = batch["targets"] != IGNORED
     said = model(batch["tokens"]).argmax(-1)

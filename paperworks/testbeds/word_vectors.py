@@ -30,7 +30,7 @@ class Planted:
 
 @cache
 def planted(sentences: int, seed: int) -> Planted:
-    """Return 20 countries by {name, capital, adjective}, ten words a sentence."""
+    """20 countries by {name, capital, adjective}, ten words a sentence."""
     corpus = RelationCorpus(sentences=sentences)
     written = corpus.draw(seed)
     vocabulary = WordVocabulary.of(written, min_count=1)
@@ -39,7 +39,7 @@ def planted(sentences: int, seed: int) -> Planted:
 
 
 def corpus_of(lab: Lab) -> Planted:
-    """Return the corpus of a scale: 200,000 words."""
+    """The corpus of a scale: 200,000 words."""
     return planted(lab.pick(smoke=400, small=20_000), lab.seed)
 
 
@@ -75,7 +75,7 @@ def taught(
 
 
 def context_counts(corpus: Planted, window: int = WINDOW) -> Float[Tensor, "words words"]:
-    """Return how often two words stand within a window of each other, in float64."""
+    """How often two words stand within a window of each other, in float64."""
     size = len(corpus.vocabulary)
     counts = torch.zeros(size, size, dtype=torch.float64)
     for distance in range(1, window + 1):

@@ -19,7 +19,7 @@ from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Block, Decoder, DecoderModel
 from paperworks.nn import Attention, Cache, Placement
-from paperworks.nn.attention.attention import KeyValueCache
+from paperworks.nn.attention.cache import KeyValueCache
 from paperworks.nn.attention.reference.tiled import EMPTY, Partial, merge
 from paperworks.nn.attention.reference.tree import (
     Exchange,

@@ -15,7 +15,7 @@ from paperworks.data.tasks.span_corruption import corrupt_spans, random_spans, r
 from paperworks.lab import Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Seq2Seq, Seq2SeqModel, count_parameters, preset
-from paperworks.models.presets.families import t5
+from paperworks.models.presets.t5 import t5
 from paperworks.nn import Attention, LearnedPositions, Placement
 from paperworks.nn.position.relative import bucket
 from paperworks.testbeds.characters import play
@@ -33,7 +33,7 @@ paper = Paper(
         "lost; attention knows positions by a learned number for each bucket of distances."
     ),
     implements=(
-        "paperworks.models.presets.families.t5",
+        "paperworks.models.presets.t5.t5",
         "paperworks.nn.position.relative.RelativeBuckets",
         "paperworks.nn.position.relative.bucket",
         "paperworks.data.tasks.span_corruption.random_spans",
