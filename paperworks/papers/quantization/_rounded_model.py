@@ -110,7 +110,7 @@ class Bench:
         return run
 
 
-def bench(lab: Lab, *, scored: int = 8, calibrated: int = 8, length: int = 256) -> Bench:
+def bench(lab: Lab, *, scored: int = 4, calibrated: int = 8, length: int = 192) -> Bench:
     """Load SmolLM2; in a smoke run a small stand-in, one layer of which is rounded, and two short windows."""
     model = _loaded(lab.device) if lab.scale != "smoke" else smollm2(lab)
     model, tokenizer = copy.copy(model), model.tokenizer

@@ -67,7 +67,7 @@ FORMATS: dict[str, FourBit] = {
 )
 def loses_less_than_int4(lab: Lab) -> Verdict:
     """Score SmolLM2 before and after rounding all linear layers of its blocks to each format."""
-    bed = bench(lab, scored=4, length=192)
+    bed = bench(lab)
     verdict = lab.compare(
         arms={"NF4": bed.arm(FORMATS["NF4"]), "int4": bed.arm(FORMATS["int4"])},
         main=Beats("NF4", "int4", on="nats lost", by_ratio=0.2, lower=True),
