@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -110,8 +110,13 @@ class Bench:
         return run
 
 
-def bench(lab: Lab, *, scored: int = 4, calibrated: int = 8, length: int = 192) -> Bench:
-    """Load SmolLM2; in a smoke run a small stand-in, one layer of which is rounded, and two short windows."""
+def bench(
+    lab: Lab, *, scored: int = 4, calibrated: int = 8, length: int = 192, blocks: Iterable[int] | None = None
+) -> Bench:
+    """Load SmolLM2; in a smoke run a small stand-in, one layer of which is rounded, and two short windows.
+
+    `blocks` are those whose linear layers are rounded, default all 30.
+    """
     model = _loaded(lab.device) if lab.scale != "smoke" else smollm2(lab)
     model, tokenizer = copy.copy(model), model.tokenizer
     model.tokenizer = None  # copies of the model need none
@@ -121,9 +126,13 @@ def bench(lab: Lab, *, scored: int = 4, calibrated: int = 8, length: int = 192) 
         scored=lab.pick(smoke=2, small=scored, large=32 * scored),
         calibrated=lab.pick(smoke=2, small=calibrated, large=32 * calibrated),
         length=lab.pick(smoke=16, small=length),
-        targets=lab.pick(smoke="blocks.0.mixer.query", small="all-linear"),
+        targets=lab.pick(smoke="blocks.0.mixer.query", small=_layers_of(blocks)),
         device=lab.device,
     )
+
+
+def _layers_of(blocks: Iterable[int] | None) -> str | list[str]:
+    return "all-linear" if blocks is None else [f"blocks.{number}.*" for number in blocks]
 
 
 @cache

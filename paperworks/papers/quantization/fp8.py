@@ -42,7 +42,7 @@ model = torch.nn.Sequential(torch.nn.Linear(512, 256))
 x = torch.randn(32, 512)
 exact = model(x)
 out = compress.apply(model, compress.FP8(weights="tensor", activations="tensor"))(x)
-print("relative error", float(((out - exact).norm() / exact.norm()).detach()))
+print("relative error", ((out - exact).norm() / exact.norm()).item())
 """,
     notes="Products are computed in float32 on numbers rounded to FP8, so nothing is faster here. Training in FP8, "
     "the larger half of the paper, is not built.",

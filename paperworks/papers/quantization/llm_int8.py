@@ -47,7 +47,7 @@ for threshold in (6.0, float("inf")):
     model = torch.nn.Sequential(torch.nn.Linear(512, 256))
     model.load_state_dict(layer.state_dict())
     out = compress.apply(model, compress.LLMInt8(threshold=threshold))(x)
-    print("threshold", threshold, "relative error", float(((out - exact).norm() / exact.norm()).detach()))
+    print("threshold", threshold, "error", ((out - exact).norm() / exact.norm()).item())
 """,
     notes="The paper keeps the weights of loud columns in float16, bitsandbytes decodes them from int8; "
     "`outliers=` has both. The emergence of loud features with size needs models larger than the one at hand.",
@@ -92,7 +92,7 @@ def _error(form: Int8, weight: Tensor, x: Tensor) -> float:
     exact = x @ weight.T
     stored = form.encode(weight, Statistics.of(x, form.needs) if form.needs else None)
     out = form.multiply(x, stored, (weight.shape[0], weight.shape[1]))
-    return float(((out - exact).norm() / exact.norm()).detach())
+    return ((out - exact).norm() / exact.norm()).item()
 
 
 @paper.claim(

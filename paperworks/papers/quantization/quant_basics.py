@@ -44,7 +44,7 @@ for bits, group in ((8, None), (4, 64), (4, None)):
     exact = model(x)
     out = compress.apply(model, compress.Uniform(bits=bits, group=group))(x)
     size = round(compress.report(model).bits_per_weight, 3)
-    print(bits, "bits, groups of", group, "-", size, "a weight: error", float(((out - exact).norm() / exact.norm()).detach()))
+    print(bits, "bits,", size, "stored: error", ((out - exact).norm() / exact.norm()).item())
 """,
     notes="Both texts explain; they measure little. The claims are what they say in general, on SmolLM2.",
 )
