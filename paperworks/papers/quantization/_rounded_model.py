@@ -111,11 +111,17 @@ class Bench:
 
 
 def bench(
-    lab: Lab, *, scored: int = 4, calibrated: int = 8, length: int = 192, blocks: Iterable[int] | None = None
+    lab: Lab,
+    *,
+    scored: int = 4,
+    calibrated: int = 8,
+    length: int = 192,
+    blocks: Iterable[int] | None = None,
+    part: str = "*",
 ) -> Bench:
     """Load SmolLM2; in a smoke run a small stand-in, one layer of which is rounded, and two short windows.
 
-    `blocks` are those whose linear layers are rounded, default all 30.
+    `blocks` are those whose linear layers are rounded, default all 30, and `part` the pattern of those within a block.
     """
     model = _loaded(lab.device) if lab.scale != "smoke" else smollm2(lab)
     model, tokenizer = copy.copy(model), model.tokenizer
@@ -126,13 +132,13 @@ def bench(
         scored=lab.pick(smoke=2, small=scored, large=32 * scored),
         calibrated=lab.pick(smoke=2, small=calibrated, large=32 * calibrated),
         length=lab.pick(smoke=16, small=length),
-        targets=lab.pick(smoke="blocks.0.mixer.query", small=_layers_of(blocks)),
+        targets=lab.pick(smoke="blocks.0.mixer.query", small=_layers_of(blocks, part)),
         device=lab.device,
     )
 
 
-def _layers_of(blocks: Iterable[int] | None) -> str | list[str]:
-    return "all-linear" if blocks is None else [f"blocks.{number}.*" for number in blocks]
+def _layers_of(blocks: Iterable[int] | None, part: str) -> str | list[str]:
+    return "all-linear" if blocks is None else [f"blocks.{number}.{part}" for number in blocks]
 
 
 @cache
