@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -59,6 +60,8 @@ def lesson(lab: Lab, steps: int, scored: int = 6) -> Lesson:
     """Load SmolLM2 and the play (Python's documentation where it is missing); a stand-in in a smoke run."""
     model = smollm2(lab) if lab.scale == "smoke" else _loaded(lab.device)
     shown, held_out = _tokens(model.tokenizer)
+    model = copy.copy(model)
+    model.tokenizer = None  # copies of the model need none
     return Lesson(
         model=model,
         shown=shown.to(lab.device),
