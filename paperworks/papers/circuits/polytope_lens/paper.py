@@ -31,7 +31,7 @@ paper = Paper(
         "paperworks.papers.circuits.polytope_lens.polytopes.crossing_density",
         "paperworks.papers.circuits.polytope_lens.polytopes.hamming",
     ),
-    equation=r"f(x) = W_s x + b_s \text{ for all } x \text{ with code } s(x) = \operatorname{sign}(\text{pre-activations}), "
+    equation=r"f(x) = W_s x + b_s \text{ where } s(x) = \operatorname{sign}(\text{pre-activations}) = s, "
     r"\qquad \text{density}(a, b) = \frac{\text{changes of } s \text{ from } a \text{ to } b}{\lVert a - b \rVert}",
     usage="""
 import torch
