@@ -46,6 +46,7 @@ for parts in ({"x0": first, "x1": second}, {"x0": first}):   # the right hypothe
     claim = Meaning(lambda data: data[:, 0] ^ data[:, 1], parts)
     print(sorted(parts), examine(network, claim, bits, error, draws=100).recovered)
 """,
+    budget_exception="An induction model is trained for each of three seeds: 2 to 4 minutes.",
 )
 
 
