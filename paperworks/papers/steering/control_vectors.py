@@ -60,7 +60,8 @@ with vector.apply(model, 6.0):
     print(pw.generate(model, "Tell me about your day.", max_new_tokens=8, temperature=0.0))
 """,
     notes="SmolLM2-135M takes up simple controls only, such as capitals, and writes gibberish from strength 16 on. "
-    "The file of its weights is 4-bit, decoded.",
+    "The file of its weights is 4-bit, decoded. Strength 4 is where steering begins: in one of three draws it was too "
+    "weak, while at strength 8 more than 60% of the letters were capitals in each.",
 )
 
 STEERED = [f"blocks.{index}" for index in range(7, 20)]  # the outputs of blocks 8 to 20 of 30, counted from 1
