@@ -158,7 +158,7 @@ def finds_the_induction_circuit(lab: Lab) -> Verdict:
         ],
         note="Effects as shares of the answer restored; the seed draws the random heads and the sequences.",
     )
-    lab.points("weaker of the two heads", name="circuit", title="Share of the answer restored by the weaker head")
+    lab.points("weaker of the two heads", name="circuit", title="Restored by the weaker head")
     return verdict
 
 
@@ -234,7 +234,7 @@ def probability_hides_negative_heads(lab: Lab) -> Verdict:
         note=f"{PAIRS} prompts 'The capital of X is the city of' a seed, corrupted by another country (symmetric token "
         "replacement).",
     )
-    lab.points(lowest, name="metrics", title="Effect of the head that works most against the answer")
+    lab.points(lowest, name="metrics", title="Effect of the most negative head")
     return verdict
 
 
@@ -276,7 +276,7 @@ def corruptions_agree(lab: Lab) -> Verdict:
         note=f"Residual stream at each of the {len(WORDS)} positions after {len(stream)} of the blocks; the seed draws "
         "the countries and the noise.",
     )
-    lab.points(on, name="corruptions", title="Correlation with the map by token replacement")
+    lab.points(on, name="corruptions", title="Agreement with token replacement")
     return verdict
 
 
@@ -317,7 +317,7 @@ def windows_inflate(lab: Lab) -> Verdict:
         note="Share of the logit difference restored, at the position of the country; the seed draws the countries and "
         "the noise.",
     )
-    lab.points("effect at the peak", name="windows", title="Share of the answer restored at the peak")
+    lab.points("effect at the peak", name="windows", title="Restored at the peak")
     return verdict
 
 

@@ -125,7 +125,7 @@ def directions_are_groups_of_words(lab: Lab) -> Verdict:
         note=f"{FIRST} directions of half of the heads, both ends, {WORDS} tokens each; embeddings centred and of unit "
         "length. The seed draws the heads and the random directions.",
     )
-    lab.points(on, name="coherence", title="How alike the words of a direction are, mean cosine")
+    lab.points(on, name="coherence", title="How alike a direction's words are")
     return verdict
 
 
@@ -205,7 +205,7 @@ def removal_is_selective(lab: Lab) -> Verdict:
         "absolute change counts; changes are relative to the mean of all tokens. Directions that move much of the "
         "vocabulary beside their own words decide the mean; the table has each.",
     )
-    lab.points("fall of the logits", name="removal", title="Fall of the logits by a removed direction")
+    lab.points("fall of the logits", name="removal", title="Logits after a direction's removal")
     return verdict
 
 

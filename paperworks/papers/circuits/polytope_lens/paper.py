@@ -113,7 +113,7 @@ def boundaries_lie_between_classes(lab: Lab) -> Verdict:
         seeds=5,
         note=f"{count} held-out pairs of each kind; ten classes of {STYLES} noisy patterns each.",
     )
-    lab.points(on, name="boundaries", title="Boundaries between two classes, over those within one")
+    lab.points(on, name="boundaries", title="Boundaries between and within classes")
     return verdict
 
 
@@ -144,7 +144,7 @@ def near_codes_share_a_class(lab: Lab) -> Verdict:
         seeds=5,
         note="Compared with the codes of 1,200 training images.",
     )
-    lab.points(on, name="nearest", title="Held-out images whose nearest code is of their class")
+    lab.points(on, name="nearest", title="Nearest code of the right class")
     return verdict
 
 
