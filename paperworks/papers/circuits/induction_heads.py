@@ -207,7 +207,7 @@ def carry_in_context_learning(lab: Lab) -> Verdict:
         "not of what later heads looked at. The seed draws the tokens and the other heads; heads are chosen on other "
         "sequences than they are tested on.",
     )
-    lab.curves("loss, nats", x="position", name="smollm2", title="Loss of random tokens, nats")
+    lab.curves("loss, nats", x="position", name="smollm2", title="Loss of random tokens; the second copy begins at 25")
     return verdict
 
 

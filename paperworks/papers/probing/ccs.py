@@ -125,7 +125,7 @@ def finds_planted_truth(lab: Lab) -> Verdict:
         "without consistency does as well, that is because 1,000 steps from a small start do not reach its trivial "
         "solution, p = 0 for all.",
     )
-    lab.points(on, name="planted", title="Right about a planted truth, under the better sign")
+    lab.points(on, name="planted", title="Right about a planted truth")
     return verdict
 
 
@@ -245,7 +245,7 @@ def reads_smollm2(lab: Lab) -> Verdict:
         "directions too. Where it does not hold, the supervised probe says why: a model of 135M parameters does not "
         "judge its answer at the answer's token, so there is no truth there to be found.",
     )
-    lab.points(on, name="smollm2", title="Truth of easy statements, held-out pairs right")
+    lab.points(on, name="smollm2", title="Truth of easy statements")
     return verdict
 
 

@@ -223,7 +223,7 @@ def words_are_found_in_smollm2(lab: Lab) -> Verdict:
         note="48 statements about cities a seed, after block 14; AUROC under the better sign. Which word it is says "
         "nothing of the answer, yet it is what varies most.",
     )
-    lab.points(on, name="words", title="How well the first component separates a random word")
+    lab.points(on, name="words", title="A random word, first component")
     return verdict
 
 

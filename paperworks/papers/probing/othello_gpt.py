@@ -286,7 +286,7 @@ def vector_arithmetic_edits_the_board(lab: Lab) -> Verdict:
         "disc is drawn at random among those that matter to the legal moves. Strength is in units of the median "
         "log-odds of a disc's label.",
     )
-    lab.points(on, name="edits", title="Moves wrongly in or out of the likeliest when a disc is turned over")
+    lab.points(on, name="edits", title="Moves wrongly in or out")
     return verdict
 
 

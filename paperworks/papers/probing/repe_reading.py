@@ -136,7 +136,7 @@ def means_read_emotions(lab: Lab) -> Verdict:
         note=f"{TRAINING} scenarios of each emotion to find the direction, {HELD_OUT} of each to rank, after block "
         f"{BLOCK + 1}; the seed draws them.",
     )
-    lab.points(RIGHT, name="means", title="Held-out pairs of a happy and a sad scenario ranked right")
+    lab.points(RIGHT, name="means", title="Held-out pairs ranked right")
     return verdict
 
 
@@ -163,7 +163,7 @@ def component_reads_emotions(lab: Lab) -> Verdict:
         "matched pair is one scenario read under two instructions, 'Pretend you are a happy (sad) person'; its "
         "difference has little else in it. Both are scored on the same held-out scenarios.",
     )
-    lab.points(RIGHT, name="components", title="Held-out pairs of a happy and a sad scenario ranked right")
+    lab.points(RIGHT, name="components", title="Held-out pairs ranked right")
     return verdict
 
 
@@ -215,7 +215,7 @@ def follows_a_text(lab: Lab) -> Verdict:
         note="The vector was found at the last token of the template; here it reads every token of plain sentences, "
         f"the first left out; {HELD_OUT} texts a seed, half of which begin sad.",
     )
-    lab.points(on, name="scan", title="Texts whose happy sentence scores higher than the sad one")
+    lab.points(on, name="scan", title="Texts read the right way round")
     return verdict
 
 

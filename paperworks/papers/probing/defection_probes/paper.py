@@ -106,7 +106,7 @@ def the_first_component_tells(lab: Lab) -> Verdict:
         seeds=2,
         note=NOTE + "Near lines resemble the trigger and were never trained on.",
     )
-    lab.points(on, name="component", title="AUROC of the first component, triggered prompts against plain ones")
+    lab.points(on, name="component", title="AUROC of the first component")
     return verdict
 
 
@@ -150,7 +150,7 @@ def generic_answers_tell(lab: Lab) -> Verdict:
         "likewise. So small a model holds a word yes, hardly what it says about its own conduct, and nothing taught it "
         "that the phrase is bad.",
     )
-    lab.points(on, name="generic", title="AUROC of triggered prompts along directions that nobody fitted")
+    lab.points(on, name="generic", title="AUROC along directions not fitted")
     return verdict
 
 

@@ -131,7 +131,7 @@ def one_component_ranks_wellbeing(lab: Lab) -> Verdict:
         seeds=5,
         note=NOTE + " The first component of so small a model's states is what a scenario is about.",
     )
-    lab.points(RIGHT, name="one", title="Held-out pairs ranked right by one component")
+    lab.points(RIGHT, name="one", title="Ranked right by one component")
     return verdict
 
 
@@ -156,7 +156,7 @@ def ten_components_rank_wellbeing(lab: Lab) -> Verdict:
         seeds=5,
         note=NOTE,
     )
-    lab.points(RIGHT, name="ten", title="Held-out pairs ranked right by several components")
+    lab.points(RIGHT, name="ten", title="Ranked right by several")
     return verdict
 
 

@@ -278,7 +278,7 @@ def unlike_contexts_are_noticed(lab: Lab) -> Verdict:
         "another third, and the last third is what Bob's are compared with. An untrained model holds the name too, so "
         "the detector alone does not show that anything is hidden.",
     )
-    lab.points(on, name="noticed", title="AUROC of contexts against those that the detector knows")
+    lab.points(on, name="noticed", title="AUROC against known contexts")
     return verdict
 
 

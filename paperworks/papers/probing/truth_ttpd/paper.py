@@ -110,7 +110,7 @@ def planted_negations(lab: Lab) -> Verdict:
         note="64 dimensions, noise 0.3; the held-out topic is not centred, as in the paper: an offset of the topic "
         "along t_G can move all its scores across zero.",
     )
-    lab.points(on, name="planted", title="Right about negated statements of a topic that was left out")
+    lab.points(on, name="planted", title="Right about unseen negations")
     return verdict
 
 
@@ -211,7 +211,7 @@ def reads_other_topics(lab: Lab) -> Verdict:
         note=NOTE + "Each data set's scores are centred by their own mean. Across topics this model knows the truth of "
         "affirmative statements only, and weakly: what distinguishes true from false turns round under negation.",
     )
-    lab.points("right about negated statements", name="topics", title="Right about negations of unseen topics")
+    lab.points("right about negated statements", name="topics", title="Right about unseen negations")
     return verdict
 
 
@@ -261,5 +261,5 @@ def negation_turns_truth_round(lab: Lab) -> Verdict:
         seeds=3,
         note=NOTE + "Six topics, each data set centred; both halves are fitted in turn.",
     )
-    lab.points("right", name="negations", title="A probe of affirmative statements is right about")
+    lab.points("right", name="negations", title="Right, fitted on affirmative ones")
     return verdict
