@@ -112,11 +112,12 @@ def build(spec: ModelSpec) -> Any:
 
 
 def chat(model: nn.Module, messages: Sequence[Mapping[str, str]], **settings: Any) -> str:
-    """Return the model's answer to a conversation, `[{"role": "user", "content": "Hello"}]`.
+    """The model's answer to a conversation, `[{"role": "user", "content": "Hello"}]`.
 
     Settings are `generate`'s. Raises `ValueError` when the model has no chat template, or messages are malformed.
     """
-    return generate(model, chat_prompt(model, messages), **settings).strip()
+    out: str = generate(model, chat_prompt(model, messages), **settings).strip()
+    return out
 
 
 def chat_prompt(model: nn.Module, messages: Sequence[Mapping[str, str]]) -> str:

@@ -34,7 +34,8 @@ class Delta(nn.Module):
         """The adapted output less the base's."""
         if type(self).forward is Delta.forward:
             raise NotImplementedError(f"{type(self).__name__} does not say what it changes: define change or forward")
-        return self(x, base_output) - base_output
+        out: Tensor = self(x, base_output) - base_output
+        return out
 
     def weight(self) -> Float[Tensor, "out_features in_features"]:
         """The adapted weight less the base's."""

@@ -46,7 +46,8 @@ class WeightDecomposedDelta(LowRankDelta):
         with torch.no_grad():
             weight = self.layer.weight().to(self.down.dtype) + super().weight()
             norm = torch.linalg.vector_norm(weight, dim=1)
-        return self.magnitude / norm
+        out: Tensor = self.magnitude / norm
+        return out
 
     def change(
         self, x: Float[Tensor, "... in_features"], base_output: Float[Tensor, "... out_features"]

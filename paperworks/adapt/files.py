@@ -105,7 +105,7 @@ def fill_whole(model: nn.Module, held: Mapping[str, Mapping[str, Tensor]], name:
 
 
 def the_only(model: nn.Module, name: str | None) -> str:
-    """Return `name`, or that of the only adapter. Raises `ValueError` when there are several, or not that one."""
+    """`name`, or that of the only adapter. Raises `ValueError` when there are several, or not that one."""
     require_adapted(model)
     known = names(model)
     if name is None and len(known) > 1:

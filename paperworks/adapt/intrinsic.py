@@ -53,7 +53,7 @@ class DID(Adapter):
         }
 
     def _shared(self, layers: int) -> int:
-        """Return how many of the trained parameters all layers share."""
+        """How many of the trained parameters all layers share."""
         return self.dimension
 
     def _scale(self) -> nn.Parameter | None:
@@ -109,7 +109,7 @@ class FastfoodDelta(Delta):
         self.seed.fill_(seed)
 
     def weight(self) -> Float[Tensor, "out_features in_features"]:
-        """Return scale * P theta."""
+        """Scale * P theta."""
         change = self.projection(self.theta).view(self.out_features, self.in_features)
         return change if self.scale is None else self.scale * change
 
@@ -149,7 +149,7 @@ class Fastfood:
         return cls(used.to(device), order.to(device), gauss.to(device), size, factor)
 
     def __call__(self, theta: Float[Tensor, " dimension"]) -> Float[Tensor, " size"]:
-        """Return P theta; differentiable."""
+        """P theta; differentiable."""
         theta = theta.to(self.gauss.device)
         x = theta[: len(self.signs)] * self.signs
         x = transform(F.pad(x, (0, len(self.gauss) - len(x))))

@@ -46,7 +46,7 @@ class MoRA(Adapter):
             raise ValueError(f"MoRA.rank must be at least 1, got {self.rank}")
 
     def side(self, in_features: int, out_features: int) -> int:
-        """Return the side of M for a layer; even for rotations, which work on pairs."""
+        """The side of M for a layer; even for rotations, which work on pairs."""
         side = int(math.sqrt((in_features + out_features) * self.rank) + 0.5)
         return side // 2 * 2 if self.kind == "rotation" else side
 
@@ -105,7 +105,7 @@ class SquareDelta(Delta):
         return y[..., _groups(wanted, side).to(y.device)] if self.kind.endswith("grouped") else _tiled(y, wanted)
 
     def weight(self) -> Float[Tensor, "out_features in_features"]:
-        """Return what the delta, which is linear, makes of the unit vectors."""
+        """What the delta, which is linear, makes of the unit vectors."""
         unit = torch.eye(self.in_features, dtype=self.square.dtype, device=self.square.device)
         return self._mapped(unit).t()
 
@@ -144,7 +144,8 @@ def remora(model: nn.Module, optimizer: Optimizer | None = None, *, lossy: bool 
 def _pieces(x: Float[Tensor, "... n"], side: int) -> Float[Tensor, "... pieces side"]:
     """Cut into pieces, the last filled up with the first features."""
     missing = -x.shape[-1] % side
-    return (torch.cat((x, x[..., :missing]), -1) if missing else x).unflatten(-1, (-1, side))
+    out: Tensor = (torch.cat((x, x[..., :missing]), -1) if missing else x).unflatten(-1, (-1, side))
+    return out
 
 
 def _tiled(y: Float[Tensor, "... n"], wanted: int) -> Float[Tensor, "... wanted"]:
@@ -154,7 +155,7 @@ def _tiled(y: Float[Tensor, "... n"], wanted: int) -> Float[Tensor, "... wanted"
 
 @cache
 def _groups(count: int, side: int) -> Int[Tensor, " count"]:
-    """Return the group of each feature: `side` groups of neighbours, the first ones larger by one if need be."""
+    """The group of each feature: `side` groups of neighbours, the first ones larger by one if need be."""
     small, larger = divmod(count, side)
     sizes = torch.tensor([small + 1] * larger + [small] * (side - larger), device="cpu")
     return torch.arange(side, device="cpu").repeat_interleave(sizes)

@@ -45,7 +45,8 @@ def load(path: Path, dtype: torch.dtype | None = None, keep_quantized: bool = Fa
     if keep_quantized:
         raise ValueError("keep_quantized reads GGUF files; a folder is loaded as it is (compress.apply compresses it)")
     if (path / "spec.json").exists():
-        return load_native(path, dtype)
+        out: DecoderModel = load_native(path, dtype)
+        return out
     if (path / "config.json").exists():
         return load_folder(path, dtype)
     raise FileNotFoundError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def _assemble(config: Mapping[str, Any], source: TensorSource, dtype: torch.dtyp
 
     model = import_weights(spec, named, rules, dtype=dtype, ignorable=ignorable, origin=origin)
     model.source_family = family.model_type
-    return model
+    return cast(DecoderModel, model)
 
 
 def _tied_names(rules: list[Rule]) -> tuple[str, str]:

@@ -21,10 +21,10 @@ class TensorSource(Protocol):
     """Named tensors that can be looked at before they are read."""
 
     def keys(self) -> Iterable[str]:
-        """Return the names."""
+        """The names."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one tensor."""
+        """The shape of one tensor."""
 
     def load(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -35,11 +35,11 @@ class Codec(ABC):
 
     @abstractmethod
     def split(self, theirs: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-        """Return our tensors, which should have `shapes`."""
+        """Our tensors, which should have `shapes`."""
 
     @abstractmethod
     def join(self, ours: Sequence[Tensor]) -> Tensor:
-        """Return their tensor."""
+        """Their tensor."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class RotaryPermuted(Codec):
 
     def join(self, ours: Sequence[Tensor]) -> Tensor:
         """Put the channels of each pair side by side."""
-        return ours[0].unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        out: Tensor = ours[0].unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return out
 
 
 @dataclass(frozen=True)

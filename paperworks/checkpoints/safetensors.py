@@ -53,7 +53,8 @@ class _Shard:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
         try:
-            self.file: Any = safe_open(path, framework="pt")
+            opened: Any = safe_open
+            self.file = opened(path, framework="pt")
             self.names = list(self.file.keys())
             metadata = self.file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
@@ -100,7 +101,7 @@ class TensorStore:
         self._verify = verify
 
     def keys(self) -> list[str]:
-        """Return the tensors' names."""
+        """The tensors' names."""
         return list(self._shards)
 
     def __iter__(self) -> Iterator[str]:
@@ -118,11 +119,11 @@ class TensorStore:
         return self._shards[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it."""
+        """A tensor's shape without reading it."""
         return tuple(self._of(name).slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype without reading it."""
+        """A tensor's dtype without reading it."""
         return self._of(name).dtype(name)
 
     def load(self, name: str) -> Tensor:
@@ -133,7 +134,7 @@ class TensorStore:
         return self.load(name)
 
     def nbytes(self, name: str) -> int:
-        """Return the bytes a tensor takes."""
+        """The bytes a tensor takes."""
         size = self.dtype(name).itemsize
         for length in self.shape(name):
             size *= length
@@ -339,7 +340,7 @@ def _name_shards(folder: Path, written: list[_Written], total: int) -> list[Path
 
 
 def checksum(tensor: Tensor) -> str:
-    """Return 8 hexadecimal digits for a tensor's bytes: CRC-32 over the sums of the 64-bit words of every 4 KiB.
+    """8 hexadecimal digits for a tensor's bytes: CRC-32 over the sums of the 64-bit words of every 4 KiB.
 
     One changed bit changes its word's sum and so always the checksum, at a tenth of the cost of a CRC of all bytes.
     """

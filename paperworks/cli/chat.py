@@ -34,7 +34,7 @@ class Conversation:
     turns: list[Message] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
-        """Return what the model is shown."""
+        """What the model is shown."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         return [*first, *self.turns]
 
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _read(interactive: bool) -> str | None:
-    """Return the next line, or None at the end of the input."""
+    """The next line, or None at the end of the input."""
     try:
         return input("\n> " if interactive else "").strip()
     except EOFError:

@@ -87,7 +87,7 @@ def _print_model(name: str, model: Any, total: int) -> None:
 
 
 def spec_tree(spec: Any) -> Tree:
-    """Return a spec as a rich tree; equal blocks that follow each other are shown once with their number."""
+    """A spec as a rich tree; equal blocks that follow each other are shown once with their number."""
     from rich.markup import escape
     from rich.tree import Tree
 

@@ -43,7 +43,7 @@ class Sampling:
     """Texts at which to stop writing."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the keyword arguments for `generate` and `chat`; what was not given is left out."""
+        """The keyword arguments for `generate` and `chat`; what was not given is left out."""
         values = {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
         return {
             name: list(value) if name == "stop" else value for name, value in values.items() if value not in (None, ())

@@ -9,7 +9,7 @@ from string import Template
 
 
 def render(template: str, title: str, about: str, data: object) -> str:
-    """Return a page.
+    """A page.
 
     Args:
         template: the file's name, such as "prompt_page.html"; it has places for $style, $title, $about and $data.

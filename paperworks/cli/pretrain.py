@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_spec(name: str) -> Decoder:
-    """Return the spec of a preset, or of a YAML or JSON file, in which `vocab_size` may be left out.
+    """The spec of a preset, or of a YAML or JSON file, in which `vocab_size` may be left out.
 
     Raises ValueError that names what is wrong with it.
     """
@@ -134,14 +134,14 @@ def read_spec(name: str) -> Decoder:
 
 
 def fitted_spec(spec: Decoder, tokenizer: Tokenizer, length: int) -> Decoder:
-    """Return the spec with the tokenizer's vocabulary. Raises ValueError for rows that exceed the model's context."""
+    """The spec with the tokenizer's vocabulary. Raises ValueError for rows that exceed the model's context."""
     if spec.context is not None and length > spec.context:
         raise ValueError(f"--length {length} exceeds the model's context of {spec.context}; give a smaller --length")
     return replace(spec, vocab_size=tokenizer.vocab_size)
 
 
 def _kept_tokenizer(options: Options) -> Tokenizer | None:
-    """Return the tokenizer of the run that is gone on with, if there is one: training it again could change it."""
+    """The tokenizer of the run that is gone on with, if there is one: training it again could change it."""
     from paperworks.data.tokenizers.tokenizer import Tokenizer
 
     folder = options.out / "tokenizer"
@@ -243,7 +243,7 @@ class _Pretraining:
         )
 
     def _evaluate(self, model: Any) -> dict[str, float]:
-        """Return the loss on the held-out text; show it, with a sample of what the model writes."""
+        """The loss on the held-out text; show it, with a sample of what the model writes."""
         import math
 
         from paperworks import train
@@ -287,5 +287,5 @@ def _is_first() -> bool:
 
 
 def _first_words(text: str, count: int = 5) -> str:
-    """Return some words; the first one may be half a word, where a text was cut."""
+    """Some words; the first one may be half a word, where a text was cut."""
     return " ".join(text.split()[1 : count + 1])

@@ -17,7 +17,7 @@ MOST_TOKENS = 160  # attention alone takes heads x blocks x tokens^2 bytes: 7 MB
 
 
 def page(view: PromptView, text_of: Callable[[int], str], title: str, about: str) -> str:
-    """Return the HTML.
+    """The HTML.
 
     Args:
         view: what was found.
@@ -53,7 +53,7 @@ def _rounded(values: list[object], digits: int) -> list[object]:
 
 
 def _telling_head(patterns: Sequence[Tensor]) -> list[int]:
-    """Return (block, head) to show first: the one that looks least at the first token and at itself."""
+    """(block, head) to show first: the one that looks least at the first token and at itself."""
     best, place = -1.0, [0, 0]
     for block, pattern in enumerate(patterns):
         weights = pattern.float()

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _stops() -> list[tuple[Paper, Claim]]:
-    """Return the claims that are in the tour, in its order."""
+    """The claims that are in the tour, in its order."""
     papers = [load(entry.key) for entry in index() if entry.tour]
     stops = [
         (claim.tour, paper.key, paper, claim) for paper in papers for claim in paper.claims if claim.tour is not None

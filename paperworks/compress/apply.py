@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from paperworks.compress.account import coverage
-from paperworks.compress.calibration.calibration import Batch, Calibration, stages
+from paperworks.compress.calibration.calibration import Calibration, stages
+from paperworks.compress.calibration.replay import Batch
 from paperworks.compress.calibration.resume import Progress
 from paperworks.compress.calibration.statistics import Statistics
 from paperworks.compress.error import LayerError
@@ -123,7 +124,7 @@ def _a_format(format: object) -> WeightFormat:
 
 
 def _untouched(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the layers if none of them is compressed or adapted."""
+    """The layers if none of them is compressed or adapted."""
     for path, module in chosen.items():
         if isinstance(module, CompressedLinear):
             raise ValueError(
@@ -147,7 +148,7 @@ def _compressed(path: str, module: nn.Module, format: WeightFormat, statistics: 
         )
     try:
         compressed = CompressedLinear(format, weight, bias_of(module), statistics)
-    except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+    except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined, unused-ignore]
         raise ValueError(f"{path}: {error}") from error
     moment = None if statistics is None else statistics.second_moment
     compressed.error = LayerError.between(weight, compressed.decoded_weight(), moment)

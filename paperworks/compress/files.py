@@ -20,7 +20,7 @@ HEADER = "paperworks.compressed"
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what must be known of each compressed layer besides its tensors, ready for JSON."""
+    """What must be known of each compressed layer besides its tensors, ready for JSON."""
     return {
         path: {
             "format": layer.format.to_dict(),

@@ -32,15 +32,15 @@ class WeightFormat(Spec):
     continuous: ClassVar[tuple[str, ...]] = ()
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return the plain tensors that stand for the weight. Raises `ValueError` for what it cannot hold."""
+        """The plain tensors that stand for the weight. Raises `ValueError` for what it cannot hold."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it encodes")
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return the weight that the tensors stand for, in float32; differentiable in the continuous ones."""
+        """The weight that the tensors stand for, in float32; differentiable in the continuous ones."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it decodes")
 
     def decode_as(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        """Return `decode` in another dtype; formats that can do so without the whole in float32 override this."""
+        """`decode` in another dtype; formats that can do so without the whole in float32 override this."""
         return self.decode(stored, shape).to(dtype)
 
     def reencode(self, weight: Float[Tensor, "rows columns"], stored: Stored) -> Stored:
@@ -51,29 +51,29 @@ class WeightFormat(Spec):
         return self.encode(weight)
 
     def prepare(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... columns"]:
-        """Return what `multiply` is given for a layer's inputs: differentiable, for what is done to them before."""
+        """What `multiply` is given for a layer's inputs: differentiable, for what is done to them before."""
         return x
 
     def multiply(
         self, x: Float[Tensor, "... columns"], stored: Stored, shape: tuple[int, int]
     ) -> Float[Tensor, "... rows"]:
-        """Return x W^T in the dtype of `x`. Formats with an arithmetic of their own (int8, fp8) compute it here."""
+        """x W^T in the dtype of `x`. Formats with an arithmetic of their own (int8, fp8) compute it here."""
         return F.linear(x, self.decode_as(stored, shape, x.dtype))
 
     def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
-        """Return the weight as a sum of four-bit grids, for products without decoding (see `packed`), or None.
+        """The weight as a sum of four-bit grids, for products without decoding (see `packed`), or None.
 
         May differ from `decode` by as much as bfloat16 would.
         """
         return None
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return the exact storage of a matrix of this shape in bits per weight, scales and codebooks included."""
+        """The exact storage of a matrix of this shape in bits per weight, scales and codebooks included."""
         stored = self.encode(torch.zeros(shape), Statistics.neutral(shape[1]) if self.needs else None)
         return stored_bits(stored, shape)
 
     def learned(self, statistics: Statistics | None) -> Statistics:
-        """Return the statistics, or raise `ValueError` if one of those in `needs` is missing."""
+        """The statistics, or raise `ValueError` if one of those in `needs` is missing."""
         missing = [name for name in self.needs if statistics is None or getattr(statistics, name) is None]
         if statistics is None or missing:
             raise ValueError(
@@ -84,7 +84,7 @@ class WeightFormat(Spec):
 
 
 def stored_bits(stored: Stored, shape: tuple[int, int]) -> float:
-    """Return the bits per weight that the tensors take."""
+    """The bits per weight that the tensors take."""
     return 8 * sum(tensor.nbytes for tensor in stored.values()) / math.prod(shape)
 
 

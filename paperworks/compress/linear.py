@@ -39,7 +39,7 @@ class CompressedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         bias: Tensor | None = None,
     ) -> "CompressedLinear":
-        """Return a layer that holds tensors encoded before; `dtype` is what it decodes to."""
+        """A layer that holds tensors encoded before; `dtype` is what it decodes to."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._hold(format, stored, shape, dtype, bias)
@@ -91,7 +91,7 @@ class CompressedLinear(nn.Module):
 
     @torch.no_grad()
     def decoded_weight(self) -> Float[Tensor, "out_features in_features"]:
-        """Return the dense weight, in the dtype the layer had before it was compressed."""
+        """The dense weight, in the dtype the layer had before it was compressed."""
         return self.format.decode_as(self.stored, self.shape, self.compute_dtype)
 
     @torch.no_grad()
@@ -109,15 +109,16 @@ class CompressedLinear(nn.Module):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in stored.values()):
             return F.linear(x, self.format.decode_as(stored, self.shape, x.dtype), bias)
         if torch.is_grad_enabled() and x.requires_grad:
-            out = _DecodedProduct.apply(x, self)
+            out = _DecodedProduct.apply(x, self)  # type: ignore[no-untyped-call]
         else:
             out = self.format.multiply(x, stored, self.shape)
-        return out if bias is None else out + bias
+        result: Tensor = out if bias is None else out + bias
+        return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompressedLinear":
         """Move with `.to(device)`, but keep the stored numbers as they are under `.to(dtype)`: the format owns them."""
         kept = {name: (buffer, buffer.dtype) for name, buffer in self.stored.items()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, (before, dtype) in kept.items():
             after = self._buffers[name]
             if after is not None and after.dtype != dtype:

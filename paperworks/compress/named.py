@@ -41,12 +41,12 @@ GGUF_KINDS = ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_1", "q5_0", "q
 
 
 def names() -> list[str]:
-    """Return the names that `named` knows."""
+    """The names that `named` knows."""
     return [*NAMED, *GGUF_KINDS]
 
 
 def named(name: str, **choices: object) -> WeightFormat:
-    """Return a format by name ("gptq", "nf4", "q4_k" ...); choices that are None are left to the format.
+    """A format by name ("gptq", "nf4", "q4_k" ...); choices that are None are left to the format.
 
     Raises `ValueError` for an unknown name, a choice the format does not offer, or a value it does not have.
     """

@@ -13,7 +13,7 @@ class CorruptFile(ValueError):
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Return the known names closest to `name`, best first; substrings count as close."""
+    """The known names closest to `name`, best first; substrings count as close."""
     options = list(known)
     lowered = {option.lower(): option for option in options}
     close = [lowered[match] for match in get_close_matches(name.lower(), list(lowered), n=most, cutoff=0.5)]

@@ -130,7 +130,8 @@ def weight_of(module: nn.Module) -> Float[Tensor, "out_features in_features"]:
     """
     decoded: Any = getattr(module, "decoded_weight", None)
     if callable(decoded):
-        return decoded()
+        out: Tensor = decoded()
+        return out
     if linear_kind(module) is None:
         raise TypeError(f"{type(module).__name__} is not linear-like: it needs in_features, out_features and a weight")
     weight, form = module.weight, form_of(module)

@@ -35,12 +35,12 @@ def _not_compiled(function: Function) -> Function:
 
 
 def count() -> int:
-    """Return how many processes there are in the default group."""
+    """How many processes there are in the default group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return which of them this is, from 0."""
+    """Which of them this is, from 0."""
     return dist.get_rank() if count() > 1 else 0
 
 
@@ -50,7 +50,7 @@ def exchanged(x: Tensor, sent: list[int], received: list[int]) -> Tensor:
 
     `received[i]` is how many process i sends here. Gradients travel back.
     """
-    out: Tensor = _Exchange.apply(x, sent, received)
+    out: Tensor = _Exchange.apply(x, sent, received)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -85,7 +85,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> Tensor:
-        total: Tensor = _Sum.apply(above[0])
+        total: Tensor = _Sum.apply(above[0])  # type: ignore[no-untyped-call]
         return total
 
 
@@ -109,23 +109,23 @@ def one_batch(spread: bool = True) -> Iterator[None]:
 
 
 def is_spread() -> bool:
-    """Return whether the rows of other processes belong to the same batch."""
+    """Whether the rows of other processes belong to the same batch."""
     return _spread
 
 
 def summed(x: Tensor) -> Tensor:
-    """Return the sum of x over the processes that share a batch; x itself where it is not spread."""
+    """The sum of x over the processes that share a batch; x itself where it is not spread."""
     return _summed(x) if _spread else x
 
 
 @_not_compiled
 def _summed(x: Tensor) -> Tensor:
-    total: Tensor = _Sum.apply(x)
+    total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
     return total
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Return the x of each process that shares the batch, (processes, *x.shape), without a gradient."""
+    """The x of each process that shares the batch, (processes, *x.shape), without a gradient."""
     return _gathered(x) if _spread else x[None]
 
 
@@ -143,11 +143,11 @@ def kept_apart(module: Module) -> Module:
 
 
 def paths_kept_apart(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that are marked so."""
+    """The paths of the modules that are marked so."""
     return [path for path, module in model.named_modules() if getattr(module, "kept_apart", False)]
 
 
 def tensors_kept_apart(model: nn.Module) -> set[int]:
-    """Return the ids of all parameters and buffers that lie in them: an expert's own, and those of its adapters."""
+    """The ids of all parameters and buffers that lie in them: an expert's own, and those of its adapters."""
     marked = [model.get_submodule(path) for path in paths_kept_apart(model)]
     return {id(tensor) for module in marked for tensor in chain(module.parameters(), module.buffers())}

@@ -40,7 +40,7 @@ class Spec:
         """Raise `ValueError` naming the field when fields that are right one by one do not fit together."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dict: the fields plus the type tag under "type"."""
+        """A JSON-ready dict: the fields plus the type tag under "type"."""
         return {"type": type(self).__name__} | {
             field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
         }

@@ -32,7 +32,7 @@ class ChoiceScores:
     unconditional: Float[Tensor, " choices"] | None = None
 
     def by(self, rule: Rule) -> Float[Tensor, " choices"]:
-        """Return what is compared.
+        """What is compared.
 
         "sum": the log probability; "mean": that a token (most tasks of GPT-3); "unconditional": log of
         p(completion | context) / p(completion | "Answer: ") (ARC, OpenBookQA, RACE).
@@ -47,7 +47,7 @@ class ChoiceScores:
         return self.total / self.tokens if rule == "mean" else self.total
 
     def best(self, rule: Rule = "mean") -> int:
-        """Return the index of the best completion."""
+        """The index of the best completion."""
         return int(self.by(rule).argmax())
 
 

@@ -17,7 +17,7 @@ def few_shot(
     instruction: str = "",
     separator: str = "\n\n",
 ) -> str:
-    """Return `shots` solved examples, drawn at random, and the question, to be continued.
+    """`shots` solved examples, drawn at random, and the question, to be continued.
 
     Args:
         examples: (question, answer) of a training split, the answer beginning as it should after the question

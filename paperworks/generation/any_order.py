@@ -33,7 +33,7 @@ def conditionals(
     positions: Int[Tensor, " known"],
     wanted: Int[Tensor, " wanted"],
 ) -> Float[Tensor, "batch wanted vocab"]:
-    """Return log p(token at each wanted position | the known ones), all from one pass: the paper's burst.
+    """log p(token at each wanted position | the known ones), all from one pass: the paper's burst.
 
     The known tokens are read in the order given. Then the last of them stands there once for each wanted position,
     asked for it; these copies see the known tokens and themselves, not each other.
@@ -151,24 +151,26 @@ def _read(model: nn.Module, tokens: Tensor, positions: Tensor, cache: object) ->
 
 
 def _burst(model: nn.Module, last: Tensor, at: Tensor, asked: Tensor, cache: object) -> Tensor:
-    """Return the logits for every asked position, none seeing another."""
+    """The logits for every asked position, none seeing another."""
     alone = torch.eye(len(asked), dtype=torch.bool, device=asked.device)
     many = (len(last), len(asked))
-    return model(
+    out: Tensor = model(
         last.expand(many),
         TargetPlacement(
             positions=at.expand(many), target_positions=asked.expand(many), cache=cache, attention_mask=alone
         ),
     )
+    return out
 
 
 def _in_turn(
     model: nn.Module, last: Tensor, at: Tensor, drawn: Tensor, asked: Tensor, cache: object, temperature: float
 ) -> Tensor:
-    """Return log q of the drawn tokens, each given the earlier ones of its order (a row)."""
+    """log q of the drawn tokens, each given the earlier ones of its order (a row)."""
     rows = len(drawn)
     cache.reorder(torch.zeros(rows, dtype=torch.int64, device=drawn.device))  # type: ignore[attr-defined]
     tokens = torch.cat((last.expand(rows, 1), drawn[:, :-1]), 1)
     positions = torch.cat((at.expand(rows, 1), asked[:, :-1]), 1)
     logits = model(tokens, TargetPlacement(positions=positions, target_positions=asked, cache=cache))
-    return (logits / temperature).log_softmax(-1).gather(2, drawn[..., None])[..., 0]
+    out: Tensor = (logits / temperature).log_softmax(-1).gather(2, drawn[..., None])[..., 0]
+    return out

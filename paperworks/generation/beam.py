@@ -36,7 +36,7 @@ def beam_search(
     stop_tokens: Sequence[int] = (),
     pad: int = 0,
 ) -> Int[Tensor, "batch new"]:
-    """Return the highest-scoring continuation of each prompt found with `beams` hypotheses.
+    """The highest-scoring continuation of each prompt found with `beams` hypotheses.
 
     The score is the sum of log probabilities divided by ((o + n) / (o + 1)) ^ length_penalty, n the new tokens, the
     stop token included, and o the length_offset: 0 by default, 5 with a penalty of 0.6 in Wu et al. and the
@@ -49,7 +49,8 @@ def beam_search(
         raise ValueError(f"length_offset must be at least 0, got {length_offset}")
 
     def divisor(new: int) -> float:
-        return ((length_offset + new) / (length_offset + 1)) ** length_penalty
+        out: float = ((length_offset + new) / (length_offset + 1)) ** length_penalty
+        return out
 
     tokens, segments = left_pad(prompts, model.device)  # type: ignore[arg-type]
     batch, device = tokens.shape[0], tokens.device

@@ -26,7 +26,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def product(x: Float[Tensor, "rows columns"], weight: Float[Tensor, "out columns"], blocks: int) -> Tensor:
-    """Return x weight^T, computed as `blocks` products with equal blocks of the weight's rows."""
+    """x weight^T, computed as `blocks` products with equal blocks of the weight's rows."""
     parts = weight.view(blocks, -1, weight.shape[1])
     out = torch.bmm(parts, x.t().expand(blocks, -1, -1))
     return out.view(1, -1) if x.shape[0] == 1 else out.flatten(0, 1).t().contiguous()

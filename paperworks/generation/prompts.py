@@ -10,7 +10,7 @@ Prompts = Int[Tensor, "batch time"] | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 def left_pad(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return tokens (batch, time), padded on the left with 0, and segments (0 = padding), None if nothing is padded."""
+    """Tokens (batch, time), padded on the left with 0, and segments (0 = padding), None if nothing is padded."""
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2:
             raise ValueError(

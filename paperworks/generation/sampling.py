@@ -44,7 +44,7 @@ class Sampling:
         seen: Int[Tensor, "batch time"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, " batch"]:
-        """Return one token a row. `seen` holds the row's tokens so far (-1 where there is none)."""
+        """One token a row. `seen` holds the row's tokens so far (-1 where there is none)."""
         if self.repetition_penalty != 1.0 and seen is not None:
             logits = penalize_repetition(logits, seen, self.repetition_penalty)
         if self.temperature == 0:

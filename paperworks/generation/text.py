@@ -140,7 +140,7 @@ class _Writer:
         return self._ended
 
     def finish(self) -> str:
-        """Return the whole text."""
+        """The whole text."""
         if not self._ended:
             self._text = _cut(self._text + self._pieces.finish(), self._stops)
         self._send(len(self._text))

@@ -88,7 +88,7 @@ def _ours(model: nn.Module, blocks: nn.ModuleList) -> ResidualStream:
 def head_outputs(
     heads: Float[Tensor, "batch time heads head_dim"], output: nn.Module
 ) -> Float[Tensor, "batch time heads dim"]:
-    """Return what each head writes to the stream: head h times its columns of the output projection, without its bias.
+    """What each head writes to the stream: head h times its columns of the output projection, without its bias.
 
     Args:
         heads: recorded from `blocks.6.mixer.heads`.
@@ -113,7 +113,7 @@ class Decomposition:
     final: Float[Tensor, "batch time dim"]
 
     def __getitem__(self, name: str) -> Float[Tensor, "batch time dim"]:
-        """Return one part by name."""
+        """One part by name."""
         if name not in self.names:
             from paperworks.core.errors import unknown
 
@@ -184,7 +184,7 @@ def decompose(
 def frozen_norm(
     norm: nn.Module | None, final: Float[Tensor, "batch time dim"]
 ) -> tuple[Callable[[Tensor], Tensor], Float[Tensor, " dim"] | None]:
-    """Return the norm with its statistics frozen at `final`, which makes it linear, and its bias apart.
+    """The norm with its statistics frozen at `final`, which makes it linear, and its bias apart.
 
     RMSNorm: x -> x / rms(final) * gain. LayerNorm: x -> (x - mean(x)) / std(final) * gain, bias. For every split of
     `final` into parts, norm(final) = sum of linear(part) + bias.

@@ -26,7 +26,7 @@ class Recording(dict[str, Tensor]):
 
 
 def _tensor_of(output: Any) -> Tensor | None:
-    """Return the tensor of a module's output; libraries that return tuples put it first."""
+    """The tensor of a module's output; libraries that return tuples put it first."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):

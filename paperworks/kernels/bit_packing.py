@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Return the bytes that a row of `count` codes takes."""
+    """The bytes that a row of `count` codes takes."""
     return -(-count * bits // 8)
 
 

@@ -13,7 +13,7 @@ DIRECT = 32  # up to so many tokens the sum itself is faster, and exactly causal
 def causal_convolution(
     x: Float[Tensor, "batch time channels"], kernel: Float[Tensor, "channels time"]
 ) -> Float[Tensor, "batch time channels"]:
-    """Return y_t = sum over j <= t of kernel_j x_{t-j}: in time log time operations by FFT, by the sum if short.
+    """y_t = sum over j <= t of kernel_j x_{t-j}: in time log time operations by FFT, by the sum if short.
 
     Raises `ValueError` when the kernel is another one than the channels and tokens need.
     """
@@ -32,7 +32,8 @@ def causal_convolution(
 def fft_convolution(
     x: Float[Tensor, "batch time channels"], kernel: Float[Tensor, "channels time"]
 ) -> Float[Tensor, "batch time channels"]:
-    """Return the same by FFT. Both are padded with zeros to twice the length, or the end would wrap to the start."""
+    """The same by FFT. Both are padded with zeros to twice the length, or the end would wrap to the start."""
     time = x.shape[1]
     spectrum = torch.fft.rfft(x.transpose(1, 2).contiguous(), n=2 * time) * torch.fft.rfft(kernel, n=2 * time)
-    return torch.fft.irfft(spectrum, n=2 * time)[..., :time].transpose(1, 2)
+    out: Tensor = torch.fft.irfft(spectrum, n=2 * time)[..., :time].transpose(1, 2)
+    return out

@@ -19,7 +19,7 @@ _LARGEST_PALEY = 1024  # its matrices are multiplied by as they are, at order^2 
 
 
 def transform(x: Float[Tensor, "... width"], *, inverse: bool = False) -> Float[Tensor, "... width"]:
-    """Return x Q^T over the last dimension, Q = H / sqrt(n) orthogonal; the inverse multiplies by Q.
+    """x Q^T over the last dimension, Q = H / sqrt(n) orthogonal; the inverse multiplies by Q.
 
     H is the Kronecker product of `factors(width)`; where they are Hadamard (see `is_hadamard`), all entries of Q have
     the same magnitude 1/sqrt(n), so that no coordinate of the result depends on few of those of x.
@@ -35,7 +35,7 @@ def transform(x: Float[Tensor, "... width"], *, inverse: bool = False) -> Float[
 
 @lru_cache(maxsize=64)
 def factors(width: int) -> tuple[Float[Tensor, "order order"], ...]:
-    """Return orthogonal matrices, float64, whose Kronecker product is Q; none for width 1.
+    """Orthogonal matrices, float64, whose Kronecker product is Q; none for width 1.
 
     Raises `ValueError` for a width below 1.
     """
@@ -58,7 +58,7 @@ def is_hadamard(width: int) -> bool:
 
 
 def sylvester(power: int) -> Float[Tensor, "order order"]:
-    """Return the Hadamard matrix of order 2^power with entries +-1 (Sylvester 1867): H_2n = [[H, H], [H, -H]]."""
+    """The Hadamard matrix of order 2^power with entries +-1 (Sylvester 1867): H_2n = [[H, H], [H, -H]]."""
     matrix = torch.ones(1, 1)
     for _ in range(power):
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -66,7 +66,7 @@ def sylvester(power: int) -> Float[Tensor, "order order"]:
 
 
 def paley(order: int) -> Float[Tensor, "order order"] | None:
-    """Return a Hadamard matrix by Paley's construction for a prime, or None where there is none of this order.
+    """A Hadamard matrix by Paley's construction for a prime, or None where there is none of this order.
 
     I: order - 1 a prime that is 3 modulo 4 (12, 20, 24, 44, 60 ...). II: order / 2 - 1 a prime that is 1 modulo 4
     (12, 28, 36, 60, 76 ...).
@@ -81,7 +81,7 @@ def paley(order: int) -> Float[Tensor, "order order"] | None:
 
 
 def _conference(prime: int, sign: int) -> Float[Tensor, "order order"]:
-    """Return C of order prime + 1 with zero diagonal, C C^T = prime I and C^T = sign C, of quadratic residues."""
+    """C of order prime + 1 with zero diagonal, C C^T = prime I and C^T = sign C, of quadratic residues."""
     residues = {number * number % prime for number in range(1, prime)}
     character = torch.tensor([0.0] + [1.0 if number in residues else -1.0 for number in range(1, prime)])
     index = torch.arange(prime)
@@ -97,14 +97,15 @@ def _is_prime(number: int) -> bool:
 
 
 def _sylvester_factors(twos: int) -> list[Tensor]:
-    """Return orthogonal factors for 2^twos, none larger than `_AXIS`."""
+    """Orthogonal factors for 2^twos, none larger than `_AXIS`."""
     count = -(-twos // (_AXIS.bit_length() - 1))
     powers = [twos // count + (index < twos % count) for index in range(count)]
     return [sylvester(power).double() / math.sqrt(2**power) for power in powers]
 
 
 def _fixed_orthogonal(order: int) -> Float[Tensor, "order order"]:
-    """Return the same orthogonal matrix whenever asked; its columns' signs are fixed by a positive diagonal of R."""
+    """The same orthogonal matrix whenever asked; its columns' signs are fixed by a positive diagonal of R."""
     draws = torch.randn(order, order, generator=torch.Generator().manual_seed(order), dtype=torch.float64)
     matrix, triangle = torch.linalg.qr(draws)
-    return matrix * triangle.diagonal().sign()
+    out: Tensor = matrix * triangle.diagonal().sign()
+    return out

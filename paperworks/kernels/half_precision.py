@@ -19,7 +19,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @cache
 def has_native_products(dtype: torch.dtype) -> bool:
-    """Return whether this machine's CPU multiplies matrices of `dtype` with instructions made for it."""
+    """Whether this machine's CPU multiplies matrices of `dtype` with instructions made for it."""
     if dtype not in _HALVES:
         return True
     if not torch.backends.mkldnn.is_available():
@@ -30,7 +30,7 @@ def has_native_products(dtype: torch.dtype) -> bool:
 
 def products_in_float32(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Inside the context, compute CPU matrix products and attention of `dtype` in float32 where that is faster."""
-    return nullcontext() if has_native_products(dtype) else _Wide()
+    return nullcontext() if has_native_products(dtype) else _Wide()  # type: ignore[no-untyped-call]
 
 
 class _Wide(TorchDispatchMode):

@@ -12,7 +12,7 @@ _EXACT_IN_FLOAT32 = 2**24 // 127**2  # up to this many inputs float32 adds integ
 def int8_product(
     codes: Int8[Tensor, "tokens columns"], weight: Int8[Tensor, "rows columns"]
 ) -> Int[Tensor, "tokens rows"] | Float[Tensor, "tokens rows"]:
-    """Return codes weight^T exactly: by the integer kernel where there is one, else in floating point.
+    """Codes weight^T exactly: by the integer kernel where there is one, else in floating point.
 
     Raises `ValueError` for more inputs than int32 sums can hold (133,144).
     """

@@ -54,7 +54,7 @@ class Packed:
         self.scales = paired.transpose(0, 1).bfloat16().contiguous()
 
     def __call__(self, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
-        """Return x W^T in bfloat16."""
+        """x W^T in bfloat16."""
         x = x if self.inputs is None else x * self.inputs
         x = x.repeat(1, self.terms) if self.terms > 1 else x.contiguous()
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.scales)
@@ -62,7 +62,7 @@ class Packed:
 
 
 def pack(grids: Grids) -> Packed | None:
-    """Return the grids laid out for the kernel, or None where it does not take them (other groups, devices, sizes)."""
+    """The grids laid out for the kernel, or None where it does not take them (other groups, devices, sizes)."""
     _, rows, columns = grids.codes.shape
     shared = columns // grids.scales.shape[2]  # inputs with one scale
     group = next((size for size in GROUPS if shared % size == 0 and columns % size == 0), None)
@@ -75,7 +75,7 @@ def pack(grids: Grids) -> Packed | None:
 
 @lru_cache(maxsize=8)
 def two_grids(values: tuple[float, ...]) -> tuple[UInt8[Tensor, "2 16"], tuple[float, float]]:
-    """Return codes a, b of sixteen values and two steps, such that s (a - 8) + t (b - 8) is near each value.
+    """Codes a, b of sixteen values and two steps, such that s (a - 8) + t (b - 8) is near each value.
 
     The steps are searched for the least squared error: for NF4 its root is 0.0007 of the largest value, where
     rounding to bfloat16 makes 0.0006.
@@ -102,7 +102,7 @@ def two_grids(values: tuple[float, ...]) -> tuple[UInt8[Tensor, "2 16"], tuple[f
 def of_codebook(
     values: Sequence[float], codes: UInt8[Tensor, "rows columns"], scales: Float[Tensor, "rows groups"]
 ) -> Grids:
-    """Return the grids of scale * values[code]."""
+    """The grids of scale * values[code]."""
     tables, steps = two_grids(tuple(values))
     index = codes.long()
     return Grids(

@@ -71,7 +71,7 @@ def drawing(**options: Any) -> Iterator[Figure]:
 
 
 def encode(figure: Figure, salt: str) -> tuple[str, bytes]:
-    """Return ("svg" | "png", bytes), at most MOST_BYTES; the same figure and salt give the same bytes.
+    """("svg" | "png", bytes), at most MOST_BYTES; the same figure and salt give the same bytes.
 
     Raises ValueError when even a coarse PNG is heavier than that.
     """

@@ -52,14 +52,14 @@ class Clock:
         return time.monotonic() - self._started
 
     def pace(self) -> float:
-        """Return seconds here per recorded second, from the finished jobs, between a quarter and six."""
+        """Seconds here per recorded second, from the finished jobs, between a quarter and six."""
         timed = [job for job in range(len(self.estimates)) if self.finished[job] and self.spent[job] > 0]
         recorded = sum(self.estimates[job] for job in timed)
         # One second of each is added so that a first job of milliseconds does not set the pace of the rest.
         return min(max((sum(self.spent[job] for job in timed) + 1) / (recorded + 1), 0.25), 6.0)
 
     def remaining(self) -> float:
-        """Return the seconds that the rest is expected to take."""
+        """The seconds that the rest is expected to take."""
         waiting = sum(
             estimate for job, estimate in enumerate(self.estimates) if not self.finished[job] and job != self.current
         )
@@ -67,7 +67,7 @@ class Clock:
         return self.pace() * waiting + max(now, 0.0)
 
     def fraction(self) -> float:
-        """Return how much of the expected total is behind us, 0 to 1, never going back while a job runs over."""
+        """How much of the expected total is behind us, 0 to 1, never going back while a job runs over."""
         total = sum(self.estimates)
         behind = sum(estimate for job, estimate in enumerate(self.estimates) if self.finished[job])
         if self.current is not None:

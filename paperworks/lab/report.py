@@ -224,7 +224,7 @@ def _figure(name: str, content: bytes) -> str:
 
 
 def _themed(svg: str) -> str:
-    """Return the svg element alone, as wide as the page allows, its neutral colours following the page's theme."""
+    """The svg element alone, as wide as the page allows, its neutral colours following the page's theme."""
     element = svg[svg.index("<svg") :]
     opening, rest = element.split(">", 1)
     opening = re.sub(r'\s(?:width|height)="[^"]*"', "", opening) + ' role="img"'

@@ -7,7 +7,7 @@ Value = bool | int | float | str | list["Value"]
 
 
 def plain_value(value: object, name: str) -> Value:
-    """Return `value` as plain Python (NumPy and torch scalars are unwrapped, tuples and arrays become lists).
+    """`value` as plain Python (NumPy and torch scalars are unwrapped, tuples and arrays become lists).
 
     Raises ValueError for NaN and infinity, TypeError for anything else that JSON cannot hold faithfully.
     """
@@ -26,7 +26,7 @@ def plain_value(value: object, name: str) -> Value:
 
 
 def plain_values(values: Mapping[str, object]) -> dict[str, Value]:
-    """Return a dictionary of plain values; see `plain_value`."""
+    """A dictionary of plain values; see `plain_value`."""
     return {str(name): plain_value(value, str(name)) for name, value in values.items()}
 
 

@@ -132,7 +132,8 @@ class PreNormBlock(BlockModule):
         self, x: Tensor, part: nn.Module, norm: nn.Module, post_norm: nn.Module | None, *placement: Placement
     ) -> Float[Tensor, "batch time dim"]:
         """x + f(norm(x))."""
-        return x + self.dropout(part(norm(x), *placement))
+        out: Tensor = x + self.dropout(part(norm(x), *placement))
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,8 @@ class SandwichBlock(BlockModule):
     ) -> Float[Tensor, "batch time dim"]:
         """x + norm2(f(norm1(x)))."""
         assert post_norm is not None
-        return x + self.dropout(post_norm(part(norm(x), *placement)))
+        out: Tensor = x + self.dropout(post_norm(part(norm(x), *placement)))
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +234,10 @@ class ParallelBlock(BlockModule):
     def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
         """Add both parts, each of which reads x."""
         normed = self.mixer_norm(x)
-        out = x + self.dropout(self.mixer(normed, placement))
+        out: Tensor = x + self.dropout(self.mixer(normed, placement))
         if self.feedforward is None:
             return out
-        return out + self.dropout(self.feedforward(self.feedforward_norm(x) if self.feedforward_norm else normed))
+        result: Tensor = out + self.dropout(
+            self.feedforward(self.feedforward_norm(x) if self.feedforward_norm else normed)
+        )
+        return result

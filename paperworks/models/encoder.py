@@ -90,7 +90,7 @@ class EncoderModel(TokenStackModel):
 
 
 def segments_of(lengths: Int[Tensor, " batch"], time: int | None = None) -> Int[Tensor, "batch time"]:
-    """Return 1 for the first `lengths` tokens of each row and 0 for the padding after them."""
+    """1 for the first `lengths` tokens of each row and 0 for the padding after them."""
     longest = int(lengths.max()) if time is None else time
     return (torch.arange(longest, device=lengths.device) < lengths[:, None]).long()
 
@@ -100,7 +100,7 @@ def pool(
     segments: Int[Tensor, "batch time"] | None = None,
     by: Pooling = "mean",
 ) -> Float[Tensor, "batch dim"]:
-    """Return one vector a row: the first token's, the last real token's, or the mean or maximum of its real tokens.
+    """One vector a row: the first token's, the last real token's, or the mean or maximum of its real tokens.
 
     Raises ValueError for an unknown pooling, or a row that is all padding.
     """
@@ -130,7 +130,7 @@ class Pooler(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "batch time dim"], segments: Int[Tensor, "batch time"] | None = None
     ) -> Float[Tensor, "batch dim"]:
-        """Return the vector of each row."""
+        """The vector of each row."""
         return torch.tanh(self.dense(pool(hidden, segments, "first")))
 
 
@@ -154,5 +154,6 @@ class MaskedLMHead(nn.Module):
             self.unembedding.bias.zero_()
 
     def forward(self, hidden: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vocab"]:
-        """Return the logits of the token that stands at each of these places."""
-        return self.unembedding(self.norm(self.activation(self.dense(hidden))))
+        """The logits of the token that stands at each of these places."""
+        out: Tensor = self.unembedding(self.norm(self.activation(self.dense(hidden))))
+        return out

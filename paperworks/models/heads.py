@@ -59,7 +59,7 @@ class TaskModel(nn.Module):
         *,
         language: bool = False,
     ) -> TaskLogits:
-        """Return the logits of the classes, and those of the next tokens if `language`.
+        """The logits of the classes, and those of the next tokens if `language`.
 
         Args:
             tokens: the sequences of each example; segments: 0 at padding, which must stand after the tokens.

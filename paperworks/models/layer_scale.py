@@ -45,7 +45,8 @@ class LayerScaleBlock(BlockModule):
     ) -> Float[Tensor, "batch time dim"]:
         """x + gain * f(norm(x))."""
         assert post_norm is not None
-        return x + self.dropout(post_norm(part(norm(x), *placement)))
+        out: Tensor = x + self.dropout(post_norm(part(norm(x), *placement)))
+        return out
 
 
 class Gain(nn.Module):

@@ -113,7 +113,8 @@ class TokenStackModel(StackModel):
             x = self.position(x, placement)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return self.dropout(x)
+        out: Tensor = self.dropout(x)
+        return out
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if torch.compiler.is_compiling():

@@ -29,7 +29,7 @@ class Collected:
         return total
 
     def sums(self) -> dict[str, Float[Tensor, ""]]:
-        """Return one detached sum a name, for the log: layers that share a name are one quantity."""
+        """One detached sum a name, for the log: layers that share a name are one quantity."""
         return {name: sum(value.detach() for value in added) for name, added in self.by_name.items()}  # type: ignore[misc]
 
 
@@ -66,7 +66,7 @@ def counting(segments: Int[Tensor, "batch time"] | None) -> Iterator[None]:
 
 
 def real_tokens(count: int) -> Bool[Tensor, " tokens"] | None:
-    """Return which of `count` tokens (batch and time flattened) are no padding; None: all, as far as anybody said."""
+    """Which of `count` tokens (batch and time flattened) are no padding; None: all, as far as anybody said."""
     real = _real.get()
     return None if real is None or real.numel() != count else real.flatten()
 

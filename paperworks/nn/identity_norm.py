@@ -12,5 +12,5 @@ class NoNorm(Norm):
     """y = x."""
 
     def build(self, dim: int) -> nn.Module:
-        """Return the identity, for vectors of any size."""
+        """The identity, for vectors of any size."""
         return nn.Identity()

@@ -15,7 +15,7 @@ class LinearKind(Spec):
     """What the linear layers of a model are: `convert(linear)` gives the module that stands in a plain one's place."""
 
     def convert(self, linear: nn.Linear) -> nn.Module:
-        """Return the module, with the weights of `linear`."""
+        """The module, with the weights of `linear`."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it makes of a linear layer")
 
 

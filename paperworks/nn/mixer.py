@@ -20,5 +20,5 @@ class Mixer(Part):
         """Raise `ValueError` if this mixer cannot work on vectors of `dim` numbers."""
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")

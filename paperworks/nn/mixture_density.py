@@ -32,7 +32,7 @@ class StrokeMixture(Spec):
             raise ValueError(f"StrokeMixture.components must be at least 1, got {self.components}")
 
     def build(self, dim: int) -> nn.Linear:
-        """Return the layer whose output `StrokeDensity` reads."""
+        """The layer whose output `StrokeDensity` reads."""
         return nn.Linear(dim, 6 * self.components + 1)
 
 
@@ -60,11 +60,11 @@ class StrokeDensity:
 
     @property
     def correlations(self) -> Float[Tensor, "*rows components"]:
-        """Return rho of each component."""
+        """Rho of each component."""
         return torch.tanh(self.twist)
 
     def log_components(self, offset: Float[Tensor, "*rows 2"]) -> Float[Tensor, "*rows components"]:
-        """Return log N(offset) of each component.
+        """log N(offset) of each component.
 
         With a, b the standardized offsets and rho = tanh(r): Z / (1 - rho^2) = ((a - rho b) cosh r)^2 + b^2, which
         subtracts nothing that is nearly equal, as 1 - rho^2 does where rho is near 1.
@@ -73,20 +73,22 @@ class StrokeDensity:
         cosh = torch.cosh(self.twist)
         quadratic = ((a - self.correlations * b) * cosh).square() + b.square()
         # log sqrt(1 - rho^2) = -log cosh r
-        return cosh.log() - self.log_spreads.sum(-1) - math.log(2 * math.pi) - 0.5 * quadratic
+        out: Tensor = cosh.log() - self.log_spreads.sum(-1) - math.log(2 * math.pi) - 0.5 * quadratic
+        return out
 
     def log_offset(self, offset: Float[Tensor, "*rows 2"]) -> Float[Tensor, " *rows"]:
-        """Return the log density of where the pen goes, in nats."""
+        """The log density of where the pen goes, in nats."""
         return torch.logsumexp(self.log_weights + self.log_components(offset), -1)
 
     def log_prob(self, offset: Float[Tensor, "*rows 2"], lifted: Bool[Tensor, " *rows"]) -> Float[Tensor, " *rows"]:
-        """Return the log density of where the pen goes and whether it is lifted there, in nats."""
+        """The log density of where the pen goes and whether it is lifted there, in nats."""
         return self.log_offset(offset) + F.logsigmoid(torch.where(lifted, self.lift, -self.lift))
 
     def mode(self) -> Float[Tensor, "*rows 2"]:
-        """Return the mean of the heaviest component."""
+        """The mean of the heaviest component."""
         heaviest = self.log_weights.argmax(-1, keepdim=True)[..., None]
-        return self.means.gather(-2, heaviest.expand(*heaviest.shape[:-1], 2)).squeeze(-2)
+        out: Tensor = self.means.gather(-2, heaviest.expand(*heaviest.shape[:-1], 2)).squeeze(-2)
+        return out
 
     def sample(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw an offset (..., 2) and whether the pen is lifted (...)."""

@@ -16,7 +16,7 @@ class Norm(Spec):
     """A normalization over the last dimension: `build(dim)` gives a module (..., dim) -> (..., dim)."""
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -29,7 +29,7 @@ class LayerNorm(Norm):
     gain: bool = True
 
     def build(self, dim: int) -> nn.Module:
-        """Return torch's LayerNorm."""
+        """torch's LayerNorm."""
         return nn.LayerNorm(dim, eps=self.eps, elementwise_affine=self.gain, bias=self.bias)
 
 
@@ -55,7 +55,7 @@ class RMSNorm(Norm):
             raise ValueError(f"RMSNorm.fraction must be in (0, 1], got {self.fraction}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return RootMeanSquareNorm(dim, self)
 
 

@@ -30,7 +30,7 @@ class MixerCache(ABC):
 
     @abstractmethod
     def bytes(self) -> int:
-        """Return the memory held, in bytes."""
+        """The memory held, in bytes."""
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens. Raises `ValueError` where what is held cannot be taken apart."""
@@ -177,7 +177,8 @@ class Placement:
         if "begins" not in self.memo:
             before = functional.pad(self.history[:, :-1], (1, 0), value=-1)
             self.memo["begins"] = (self.history != before)[:, self.start :]
-        return self.memo["begins"]
+        out: Bool[Tensor, "batch time"] | None = self.memo["begins"]
+        return out
 
 
 _NOT_IN_BATCHES = {"cache", "context", "context_segments"}
@@ -230,7 +231,7 @@ class Cache:
         self.length = length
 
     def bytes(self) -> int:
-        """Return the memory held by all layers, in bytes."""
+        """The memory held by all layers, in bytes."""
         return sum(layer.bytes() for layer in self.layers)
 
 

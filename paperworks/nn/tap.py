@@ -7,7 +7,7 @@ class Tap(nn.Module):
     """The identity, under a name that `interpret.record` and `interpret.edit` can address."""
 
     def forward(self, value: Tensor) -> Tensor:
-        """Return `value` itself, so that listeners can see or replace it."""
+        """`value` itself, so that listeners can see or replace it."""
         return value
 
     @property

@@ -34,18 +34,18 @@ class BitLinear(LinearKind):
     straight_through: bool = True
 
     def convert(self, linear: nn.Linear) -> nn.Module:
-        """Return the module, with the weights of `linear`."""
+        """The module, with the weights of `linear`."""
         return TernaryLinear(linear, self)
 
 
 def ternary(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], Float[Tensor, ""]]:
-    """Return (signs in {-1, 0, 1}, scale): round(W / scale) clipped, scale = mean |W|, at least 1e-5."""
+    """(signs in {-1, 0, 1}, scale): round(W / scale) clipped, scale = mean |W|, at least 1e-5."""
     scale = weight.abs().mean().clamp(min=SMALLEST)
     return (weight / scale).round().clamp(-1, 1), scale
 
 
 def eight_bits(x: Float[Tensor, "... dim"]) -> tuple[Float[Tensor, "... dim"], Float[Tensor, "... one"]]:
-    """Return (integers from -128 to 127, step): round(x / step), step = the token's largest magnitude / 127."""
+    """(integers from -128 to 127, step): round(x / step), step = the token's largest magnitude / 127."""
     step = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / 127
     return (x / step).round().clamp(-128, 127), step
 
@@ -90,7 +90,7 @@ class TernaryLinear(nn.Module):
 
     @torch.no_grad()
     def decoded_weight(self) -> Float[Tensor, "out_features in_features"]:
-        """Return the ternary weight, which is what inputs are multiplied by."""
+        """The ternary weight, which is what inputs are multiplied by."""
         signs, scale = ternary(self.weight)
         return signs * scale
 
@@ -104,14 +104,14 @@ class TernaryLinear(nn.Module):
         if self.spec.norm:
             x = F.rms_norm(x, (self.in_features,), None, self.spec.eps)
         if self.spec.straight_through:
-            product: Tensor = _IntegerProduct.apply(x, self.weight)
+            product: Tensor = _IntegerProduct.apply(x, self.weight)  # type: ignore[no-untyped-call]
             return product if self.bias is None else product + self.bias
         (signs, scale), (integers, step) = ternary(self.weight), eight_bits(x)
         return F.linear(integers * step, signs * scale, self.bias)
 
     @torch.no_grad()
     def accumulated(self, x: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows out_features"]:
-        """Return the same by additions and subtractions of integers alone, and one multiplication at the end."""
+        """The same by additions and subtractions of integers alone, and one multiplication at the end."""
         if self.spec.norm:
             x = F.rms_norm(x, (self.in_features,), None, self.spec.eps)
         signs, scale = ternary(self.weight)
@@ -126,18 +126,21 @@ _POWERS = (81, 27, 9, 3, 1)  # five ternary digits a byte: 3^5 = 243
 
 
 def pack(signs: Int8[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
-    """Return five ternary digits a byte, row by row: 1.6 bits a weight, padded with zeros.
+    """Five ternary digits a byte, row by row: 1.6 bits a weight, padded with zeros.
 
     Raises ValueError where a value is not -1, 0 or 1.
     """
     if not bool(((signs >= -1) & (signs <= 1) & (signs == signs.round())).all()):
         raise ValueError(f"only -1, 0 and 1 can be packed, got values from {signs.min()} to {signs.max()}")
     digits = F.pad(signs.to(torch.int16) + 1, (0, -signs.shape[1] % 5), value=1).unflatten(1, (-1, 5))
-    return (digits * torch.tensor(_POWERS, dtype=torch.int16, device=signs.device)).sum(-1).to(torch.uint8)
+    out: UInt8[Tensor, "out bytes"] = (
+        (digits * torch.tensor(_POWERS, dtype=torch.int16, device=signs.device)).sum(-1).to(torch.uint8)
+    )
+    return out
 
 
 def unpack(packed: UInt8[Tensor, "out bytes"], columns: int) -> Int8[Tensor, "out in"]:
-    """Return what `pack` packed. Raises ValueError for bytes above 242, or too few of them."""
+    """What `pack` packed. Raises ValueError for bytes above 242, or too few of them."""
     if packed.shape[1] != -(-columns // 5):
         raise ValueError(f"{columns} columns take {-(-columns // 5)} bytes a row, got {packed.shape[1]}")
     if packed.numel() and int(packed.max()) > 242:

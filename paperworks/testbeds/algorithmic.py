@@ -19,7 +19,7 @@ Integers = Int[Tensor, " rows"]
 
 
 def inverse(x: Integers, prime: int) -> Integers:
-    """Return x^-1 modulo a prime as x^(p - 2) (Fermat), exactly; the inverse of 0 does not exist and comes out 0."""
+    """x^-1 modulo a prime as x^(p - 2) (Fermat), exactly; the inverse of 0 does not exist and comes out 0."""
     power, base, exponent = torch.ones_like(x), x % prime, prime - 2
     while exponent:
         if exponent & 1:
@@ -66,7 +66,7 @@ class Table:
         return sum(a < b and answers.get((b, a)) == c for (a, b), c in answers.items())
 
     def split(self, fraction: float, seed: int) -> tuple[Table, Table]:
-        """Return a random `fraction` of the equations for training and the rest for validation; one seed, one split."""
+        """A random `fraction` of the equations for training and the rest for validation; one seed, one split."""
         if not 0 < fraction < 1:
             raise ValueError(f"fraction is the share of equations to train on, between 0 and 1; got {fraction}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
@@ -125,5 +125,5 @@ def _symmetric_table(operation: str) -> Table:
 
 
 def _compose(x: Int[Tensor, "rows 5"], y: Int[Tensor, "rows 5"]) -> Int[Tensor, "rows 5"]:
-    """Return the permutation that does y first and then x."""
+    """The permutation that does y first and then x."""
     return x.gather(1, y)

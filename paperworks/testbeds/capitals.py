@@ -28,7 +28,7 @@ SUBJECT, OTHER_WORD, LAST = 3, 6, 7  # positions of the country, of "city", and 
 def capital_pairs(
     lab: Lab, model: DecoderModel
 ) -> tuple[Int[Tensor, "pairs 8"], Int[Tensor, "pairs 8"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Return prompts, the same with another country (symmetric token replacement), and the capitals of both."""
+    """Prompts, the same with another country (symmetric token replacement), and the capitals of both."""
     tokenizer: Any = model.tokenizer
     names = list(CAPITALS.items())[: lab.pick(smoke=2, small=6)]
     prompts = [f"The capital of {country} is the city of" for country, _ in names]

@@ -25,7 +25,7 @@ class Choice:
 
 
 def choices(tokenizer: Any, count: int, seed: int) -> tuple[list[Choice], str]:
-    """Return questions about cities and, in words, what they are; none where the cities are not on this machine."""
+    """Questions about cities and, in words, what they are; none where the cities are not on this machine."""
     try:
         rows = [row for row in load_records("truth/cities").rows if row["label"] == "1"]
     except AssetUnavailable:
@@ -51,7 +51,7 @@ def choices(tokenizer: Any, count: int, seed: int) -> tuple[list[Choice], str]:
 
 @torch.no_grad()
 def answered(model: nn.Module, asked: Sequence[Choice]) -> float:
-    """Return the share of questions whose right option has the highest mean log probability a token."""
+    """The share of questions whose right option has the highest mean log probability a token."""
     rows = [[*choice.beginning, *option] for choice in asked for option in choice.options]
     starts = [len(choice.beginning) for choice in asked for _ in choice.options]
     scores: list[float] = [0.0] * len(rows)
@@ -70,5 +70,5 @@ def answered(model: nn.Module, asked: Sequence[Choice]) -> float:
 
 
 def _picked(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log probability of each token but the first."""
+    """The log probability of each token but the first."""
     return logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]

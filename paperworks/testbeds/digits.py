@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,12 +20,13 @@ from torch.nn import functional as F
 
 from paperworks import train
 from paperworks.lab import Lab
+from paperworks.testbeds.training import fit
 
 
 def _arc(
     x: float, y: float, width: float, height: float, begin: float, end: float, pieces: int = 7
 ) -> list[tuple[float, float]]:
-    """Return corners on an ellipse; angles in turns, from the right, upwards."""
+    """Corners on an ellipse; angles in turns, from the right, upwards."""
     angles = [2 * math.pi * (begin + (end - begin) * i / pieces) for i in range(pieces + 1)]
     return [(x + width * math.cos(angle), y - height * math.sin(angle)) for angle in angles]
 
@@ -46,7 +48,7 @@ STROKES: tuple[list[list[tuple[float, float]]], ...] = (
 
 @cache
 def _segments() -> Float[Tensor, "digit segment end axis"]:
-    """Return the straight pieces of every digit, the last one repeated where a digit has fewer than others."""
+    """The straight pieces of every digit, the last one repeated where a digit has fewer than others."""
     pieces = [[pair for stroke in strokes for pair in pairwise(stroke)] for strokes in STROKES]
     most = max(map(len, pieces))
     return torch.tensor([each + [each[-1]] * (most - len(each)) for each in pieces])
@@ -91,7 +93,7 @@ def draw(rows: int, seed: int, *, side: int = 8, noise: float = 0.15) -> Digits:
 
 
 def _ink(ends: Tensor, pixels: Tensor, width: Tensor, side: int) -> Tensor:
-    """Return how dark each pixel is: 1 within the pen's width of a segment, fading over one pixel."""
+    """How dark each pixel is: 1 within the pen's width of a segment, fading over one pixel."""
     begin, along = ends[:, :, 0], ends[:, :, 1] - ends[:, :, 0]
     away = pixels[None, :, None] - begin[:, None]
     share = (away * along[:, None]).sum(-1) / along.square().sum(-1)[:, None].clamp(min=1e-9)
@@ -100,7 +102,7 @@ def _ink(ends: Tensor, pixels: Tensor, width: Tensor, side: int) -> Tensor:
 
 
 def classified(lab: Lab, model: nn.Module, digits: Digits) -> tuple[float, float]:
-    """Return (mean cross entropy, share of errors)."""
+    """(mean cross entropy, share of errors)."""
     with lab.threads(1):
         measured = train.evaluate(model, digit_loss, _batches(digits, 500))
     return measured["loss"], measured["error"]
@@ -110,32 +112,30 @@ def taught(
     lab: Lab,
     model: nn.Module,
     digits: Digits,
-    settings: train.Settings,
-    description: str,
     *,
+    steps: int,
+    lr: float,
     rows: int,
+    seed: int,
     on_step: Callable[[int], bool | None] | None = None,
+    **settings: Any,
 ) -> nn.Module:
-    """Train a classifier on shuffled batches of the digits; the order is that of `settings.seed`."""
+    """Train a classifier on shuffled batches of `rows` digits, whose order is that of the seed; settings as `fit`."""
     count = len(digits.labels)
 
     def epoch(number: int) -> Iterator[dict[str, Tensor]]:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * (settings.seed or 0) + number))
+        order = torch.randperm(count, generator=lab.generator(1000 * seed + number))
         return (
             {"x": digits.pictures[some], "y": digits.labels[some]} for some in order.split(rows) if len(some) == rows
         )
 
-    def step(number: int) -> bool | None:
-        advance(1)
-        return None if on_step is None else on_step(number)
-
-    with lab.threads(1), lab.progress(description, settings.steps) as advance:
-        train.fit(model, digit_loss, epoch, settings, on_step=step)
+    with lab.threads(1):
+        fit(model, digit_loss, epoch, steps=steps, lr=lr, seed=seed, on_step=on_step, **settings)
     return model.eval()
 
 
 def digit_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """Return the summed cross entropy, the pictures counted, and the share of wrong ones."""
+    """The summed cross entropy, the pictures counted, and the share of wrong ones."""
     logits = model(batch["x"])
     wrong = (logits.argmax(-1) != batch["y"]).float().mean()
     return F.cross_entropy(logits, batch["y"], reduction="sum"), len(logits), {"error": wrong}

@@ -41,7 +41,7 @@ class Facts:
         return len(self.tokens)
 
     def batch(self, rows: Tensor | slice) -> dict[str, Tensor]:
-        """Return some of the facts as `train.next_token_loss` takes them."""
+        """Some of the facts as `train.next_token_loss` takes them."""
         return {"tokens": self.tokens[rows], "targets": self.targets[rows]}
 
 
@@ -52,7 +52,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 def draw_facts(lab: Lab, tokenizer: Any, count: int) -> Facts:
-    """Return so many facts, drawn by the seed of the run."""
+    """so many facts, drawn by the seed of the run."""
     rows = [torch.tensor(tokenizer.encode(sentence)) for sentence in sentences(count, lab.seed)]
     tokens = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
     targets = torch.full_like(tokens, IGNORED)
@@ -62,7 +62,7 @@ def draw_facts(lab: Lab, tokenizer: Any, count: int) -> Facts:
 
 
 def batches(facts: Facts, size: int, steps: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return one batch a step, going through all facts in a new order each time."""
+    """One batch a step, going through all facts in a new order each time."""
     draws = torch.Generator().manual_seed(seed)
     rows: list[int] = []
     while len(rows) < size * steps:
@@ -97,7 +97,7 @@ def teach(lab: Lab, model: nn.Module, rows: list[Any], lr: float, description: s
 
 
 def loss(model: nn.Module, facts: Facts) -> float:
-    """Return the mean loss of the facts' last tokens, in nats."""
+    """The mean loss of the facts' last tokens, in nats."""
     return train.evaluate(model, train.next_token_loss, [facts.batch(slice(0, None))])["loss"]
 
 

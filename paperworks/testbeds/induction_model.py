@@ -43,7 +43,7 @@ class PositionedLinear(nn.Linear):
 
 
 def untrained(depth: int = 2, seed: int = 0) -> DecoderModel:
-    """Return the model before training; embeddings and positions N(0, 1), projections uniform on +-1/8."""
+    """The model before training; embeddings and positions N(0, 1), projections uniform on +-1/8."""
     torch.manual_seed(seed)
     block = Block(norm=NoNorm(), mixer=Attention(heads=HEADS))
     model = Decoder(vocab_size=VOCAB, dim=DIM, depth=depth, block=block, norm=None, context=LONGEST).build()
@@ -83,7 +83,7 @@ class RepeatedBlocks:
 
 
 def second_copy_loss(model: nn.Module, count: int = 64, seed: int = 12345) -> float:
-    """Return the loss in nats a token on the second copy of blocks of 25 (log 64 = 4.16 for a blind guess)."""
+    """The loss in nats a token on the second copy of blocks of 25 (log 64 = 4.16 for a blind guess)."""
     tokens = repeated(count, BLOCK, 2, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         logits = model(tokens)[:, BLOCK - 1 : -1]
@@ -131,7 +131,7 @@ class Training:
 
 @torch.no_grad()
 def head_marks(model: nn.Module, count: int = 16) -> tuple[list[list[float]], list[list[float]]]:
-    """Return prefix matching and attention to the token before, by layer and head, on blocks of 25 tokens twice."""
+    """Prefix matching and attention to the token before, by layer and head, on blocks of 25 tokens twice."""
     with record(model, "*.pattern") as seen:
         model(repeated(count, BLOCK, 2, torch.Generator().manual_seed(777)))
     return (
@@ -179,7 +179,7 @@ def _train(lab: Lab, depth: int, smeared: bool) -> Training:
 
 
 def induction_model(lab: Lab) -> DecoderModel:
-    """Return the two-layer model of this seed."""
+    """The two-layer model of this seed."""
     return training(lab).model
 
 
@@ -191,7 +191,7 @@ CONFIDENCE = 10.0  # logit of a token that gets all the attention
 
 @torch.no_grad()
 def hand_set(noise: float = 0.0, seed: int = 0, sharpness: float = SHARPNESS) -> DecoderModel:
-    """Return a two-layer model of two heads a layer whose induction circuit is written into its weights.
+    """A two-layer model of two heads a layer whose induction circuit is written into its weights.
 
     The stream has a place each for the token (16), the position (24), the token before (16) and the answer (16).
     Head 0.0 looks one position back and writes which token stood there. Head 1.0 looks for the place whose token
@@ -262,7 +262,7 @@ def hand_unrelated(count: int, seed: int = 0) -> Int[Tensor, "count time"]:
 
 
 def induction_pairs(lab: Lab, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return clean rows "0 A B . . C D . . A", the same with the first A replaced, the answers B and other tokens D."""
+    """Clean rows "0 A B . . C D . . A", the same with the first A replaced, the answers B and other tokens D."""
     draws = torch.Generator().manual_seed(lab.seed)
     tokens = torch.stack(
         [1 + torch.randperm(vocab - 1, generator=draws)[:9] for _ in range(lab.pick(smoke=8, small=64))]

@@ -25,7 +25,7 @@ class MarkovChain:
             raise ValueError(f"successors must be in [1, {self.alphabet}] letters, got {self.successors}")
 
     def transitions(self) -> Float[Tensor, "alphabet alphabet"]:
-        """Return p(next | letter), float64; each row has `successors` entries above 0.
+        """p(next | letter), float64; each row has `successors` entries above 0.
 
         Letter i may be followed by i + 1 (so that every letter can be reached) and by others drawn at random.
         """
@@ -40,7 +40,7 @@ class MarkovChain:
         return chances
 
     def draw(self, rows: int, length: int, draws: torch.Generator) -> Int[Tensor, "rows length"]:
-        """Return so many strings."""
+        """so many strings."""
         cumulative = self.transitions().cumsum(1)
         letters = [torch.randint(self.alphabet, (rows,), generator=draws)]
         for _ in range(length - 1):
@@ -50,11 +50,11 @@ class MarkovChain:
         return torch.stack(letters, 1)
 
     def valid(self, strings: Int[Tensor, "rows length"]) -> Bool[Tensor, " rows"]:
-        """Return which strings the chain can write."""
+        """Which strings the chain can write."""
         return (self.transitions()[strings[:, :-1], strings[:, 1:]] > 0).all(1)
 
     def posterior(self, known: Int[Tensor, " length"]) -> Float[Tensor, "length alphabet"]:
-        """Return p(letter at each place | the known letters), -1 standing where none is known: forward-backward.
+        """p(letter at each place | the known letters), -1 standing where none is known: forward-backward.
 
         Raises ValueError when the known letters cannot stand together.
         """

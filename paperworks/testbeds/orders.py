@@ -12,7 +12,7 @@ from torch import Tensor
 def random_orders(
     rows: int, length: int, draws: torch.Generator | None = None, *, fraction: float = 1.0
 ) -> Int[Tensor, "rows length"]:
-    """Return orders of the positions 0 ... length - 1; each begins with 0, the start, which is given and never asked.
+    """Orders of the positions 0 ... length - 1; each begins with 0, the start, which is given and never asked.
 
     A share of `fraction` of the rows, each drawn by chance, is random; the others go from left to right.
     Raises ValueError for a length below 2 or a fraction outside [0, 1].
@@ -29,7 +29,7 @@ def random_orders(
 def in_order(
     sequences: Int[Tensor, "rows length"], orders: Int[Tensor, "rows length"]
 ) -> dict[str, Int[Tensor, "rows time"]]:
-    """Return the batch in which each token is asked for the next one of its order; time is length - 1.
+    """The batch in which each token is asked for the next one of its order; time is length - 1.
 
     Position t of the batch holds the token at orders[t] and is asked for the one at orders[t + 1].
     Raises ValueError unless each row of `orders` is a permutation.

@@ -67,7 +67,7 @@ class Othello:
         return corner, corner + 1, corner + self.size, corner + self.size + 1
 
     def start(self, count: int = 1) -> Positions:
-        """Return `count` first positions: black on D5 and E4 of the 8 x 8 board, white on D4 and E5, black to move."""
+        """`count` first positions: black on D5 and E4 of the 8 x 8 board, white on D4 and E5, black to move."""
         white, black, other_black, other_white = self._middle()
         ones = np.ones(count, dtype=np.uint64)
         return Positions(
@@ -79,7 +79,7 @@ class Othello:
 
     @cached_property
     def _directions(self) -> list[tuple[int, Bits]]:
-        """Return the steps to eight neighbours, each with the squares whose discs can be passed over that way.
+        """The steps to eight neighbours, each with the squares whose discs can be passed over that way.
 
         A disc in the first or last column is the end of any line along the row or a diagonal. Leaving those columns
         out also keeps a line from going on at the other side of the board.
@@ -91,7 +91,7 @@ class Othello:
         return [(sign * step, np.uint64(over)) for step, over in steps for sign in (1, -1)]
 
     def legal(self, own: Bits, other: Bits) -> Bits:
-        """Return the squares where the player of `own` may place a disc: those that end a line over `other`."""
+        """The squares where the player of `own` may place a disc: those that end a line over `other`."""
         legal = np.zeros_like(own)
         for step, over in self._directions:
             passable = other & over
@@ -102,7 +102,7 @@ class Othello:
         return legal & ~(own | other) & np.uint64((1 << self.squares) - 1)
 
     def flips(self, own: Bits, other: Bits, disc: Bits) -> Bits:
-        """Return the opponent's discs that turn when `own` gains the one square of `disc`."""
+        """The opponent's discs that turn when `own` gains the one square of `disc`."""
         flips = np.zeros_like(own)
         for step, over in self._directions:
             passable = other & over
@@ -140,7 +140,7 @@ class Othello:
         return torch.from_numpy(tokens)
 
     def replay(self, tokens: Int[Tensor, "games time"]) -> Positions:
-        """Return the position after each move, (games, time), with passes made; it stays as it is after the end.
+        """The position after each move, (games, time), with passes made; it stays as it is after the end.
 
         Raises ValueError for tokens that are no moves of this board, or an illegal move: in which game, at which place.
         """
@@ -191,12 +191,12 @@ class Positions:
         return Positions(self.rules, *(np.atleast_1d(array[chosen]) for array in (self.own, self.other, self.black)))
 
     def legal(self) -> Bool[Tensor, "*shape moves"]:
-        """Return which move tokens are legal."""
+        """Which move tokens are legal."""
         bits = _unpacked(self.rules.legal(self.own, self.other), self.rules.squares)
         return torch.from_numpy(bits)[..., self.rules.playable]
 
     def board(self, view: Literal["mover", "colour"] = "mover") -> Int[Tensor, "*shape squares"]:
-        """Return a label for every square (int64): 0 empty; 1 mine, 2 yours, or by colour 1 black, 2 white.
+        """A label for every square (int64): 0 empty; 1 mine, 2 yours, or by colour 1 black, 2 white.
 
         Mine are the discs of the player who moves next, so after a pass the labels are those of the player left to
         move, not of the one who comes next in turn.
@@ -211,7 +211,7 @@ class Positions:
         return torch.from_numpy(labels)
 
     def turned(self, squares: Int[Tensor, "*shape"]) -> Positions:
-        """Return the positions with the disc on one square each turned over, the player to move as before.
+        """The positions with the disc on one square each turned over, the player to move as before.
 
         Raises ValueError where a square is empty.
         """
@@ -221,11 +221,11 @@ class Positions:
         return Positions(self.rules, self.own ^ disc, self.other ^ disc, self.black)
 
     def allows(self, moves: Bits) -> Bits:
-        """Return whether each position's move token (numpy, below padding or not) is legal."""
+        """Whether each position's move token (numpy, below padding or not) is legal."""
         return self.rules.legal(self.own, self.other) & self._discs(moves) != 0
 
     def after(self, moves: Bits) -> Positions:
-        """Return the positions after one legal move token each, with a pass where one follows; padding changes none."""
+        """The positions after one legal move token each, with a pass where one follows; padding changes none."""
         disc = self._discs(moves)
         moved = disc != 0
         flips = self.rules.flips(self.own, self.other, disc)
@@ -234,7 +234,7 @@ class Positions:
         return Positions(self.rules, own, other, self.black ^ moved)._passed()
 
     def _discs(self, moves: Bits) -> Bits:
-        """Return the square of each move token as a set; the empty set for padding."""
+        """The square of each move token as a set; the empty set for padding."""
         sets = np.append(np.uint64(1) << self.rules.playable.numpy().astype(np.uint64), np.uint64(0))
         return sets[moves]
 
@@ -251,13 +251,13 @@ def _shifted(board: Bits, step: int) -> Bits:
 
 
 def _unpacked(board: Bits, squares: int) -> Bits:
-    """Return bits as booleans, (..., squares)."""
+    """Bits as booleans, (..., squares)."""
     octets = np.ascontiguousarray(board, dtype="<u8")[..., None].view(np.uint8)
     return np.unpackbits(octets, axis=-1, bitorder="little")[..., :squares].astype(bool)
 
 
 def _successors(positions: Positions) -> Positions:
-    """Return all positions one ply later; a pass is a ply."""
+    """All positions one ply later; a pass is a ply."""
     rules, own, other, black = positions.rules, positions.own, positions.other, positions.black
     legal = rules.legal(own, other)
     passes = (legal == 0) & (rules.legal(other, own) != 0)

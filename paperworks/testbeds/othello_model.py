@@ -29,12 +29,12 @@ SETTING = (
 
 
 def rules(lab: Lab) -> Othello:
-    """Return the board of a scale."""
+    """The board of a scale."""
     return Othello(lab.pick(smoke=4, small=6, large=8))
 
 
 def part_of(board: Othello, games: Int[Tensor, "games time"]) -> Int[Tensor, " games"]:
-    """Return to which of `PARTS`, by number, the opening of each game belongs; it is the same in every run."""
+    """to which of `PARTS`, by number, the opening of each game belongs; it is the same in every run."""
     places = (board.padding + 1) ** torch.arange(OPENING)
     # A small number times a large prime, modulo another one, is as good as a draw.
     draw = (games[:, :OPENING] * places).sum(1) * 2_654_435_761 % 1_000_003 / 1_000_003
@@ -53,12 +53,12 @@ def draw_games(lab: Lab, part: Part, count: int, seed: int) -> Int[Tensor, "coun
 
 
 def plies(lab: Lab) -> int:
-    """Return how many moves of a game are read."""
+    """How many moves of a game are read."""
     return lab.pick(smoke=12, small=16, large=60)
 
 
 def untrained(lab: Lab) -> DecoderModel:
-    """Return the model before training: GPT's parts, small."""
+    """The model before training: GPT's parts, small."""
     board = rules(lab)
     dim, depth = lab.pick(smoke=(16, 2), small=(128, 4), large=(512, 8))
     block = Block(
@@ -80,7 +80,7 @@ def untrained(lab: Lab) -> DecoderModel:
 
 
 def expected_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return the sum of -log p(next move), averaged over the next moves that could have been played, and their number.
+    """The sum of -log p(next move), averaged over the next moves that could have been played, and their number.
 
     In a random game the next move is drawn evenly from the legal ones. One draw, as in the papers, has the same
     gradient on average and more noise: four times as many games are needed for the same share of legal moves. The
@@ -96,7 +96,7 @@ _TRAINED: dict[tuple[str, int], DecoderModel] = {}
 
 
 def trained(lab: Lab) -> DecoderModel:
-    """Return the model trained to predict the next move of random games, once a process."""
+    """The model trained to predict the next move of random games, once a process."""
     key = (lab.scale, lab.seed)
     if key in _TRAINED:
         return _TRAINED[key]
@@ -163,17 +163,17 @@ def read(model: DecoderModel, board: Othello, games: Int[Tensor, "games moves"])
 
 
 def legal_rate(read: Read) -> float:
-    """Return the share of positions whose likeliest move is legal."""
+    """The share of positions whose likeliest move is legal."""
     return float(read.legal.gather(1, read.logits.argmax(1, keepdim=True)).double().mean())
 
 
 def full_accuracy(predicted: Int[Tensor, "n squares"], labels: Int[Tensor, "n squares"]) -> float:
-    """Return the share of squares with a disc whose label is right: empty ones are too easy to count."""
+    """The share of squares with a disc whose label is right: empty ones are too easy to count."""
     full = labels != EMPTY
     return float((predicted == labels)[full].double().mean())
 
 
 def properties(positions: Positions) -> Bool[Tensor, "n properties"]:
-    """Return whether mine, and whether yours, stands on each square: 2 x squares properties; blanks are none."""
+    """Whether mine, and whether yours, stands on each square: 2 x squares properties; blanks are none."""
     labels = positions.board("mover")
     return torch.cat([labels == MINE, labels == YOURS], dim=1)

@@ -58,19 +58,19 @@ class Classes:
 
 
 def network(seed: int) -> nn.Sequential:
-    """Return a fresh classifier: 64 - 64 - 64 - 10."""
+    """A fresh classifier: 64 - 64 - 64 - 10."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def cross_entropy(model: nn.Module, batch: Images) -> Tensor:
-    """Return the loss of the classes."""
+    """The loss of the classes."""
     return functional.cross_entropy(model(batch.pixels), batch.labels)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Return the share of images whose class the model finds."""
+    """The share of images whose class the model finds."""
     return (model(images.pixels).argmax(-1) == images.labels).float().mean().item()
 
 

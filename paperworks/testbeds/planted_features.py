@@ -42,7 +42,7 @@ COLUMNS = ["L0", "FVU", "\u03b3", "MMCS", "recovered", "dead"]
 
 
 def settings(steps: int, beta1: float = 0.9, clip: float | None = None) -> train.Settings:
-    """Return the one recipe; papers differ in Adam's beta1 and in whether they clip gradients."""
+    """The one recipe; papers differ in Adam's beta1 and in whether they clip gradients."""
     return train.Settings(
         steps=steps,
         lr=2e-3,

@@ -35,7 +35,7 @@ class SelectiveCopying:
         return self.alphabet + 2
 
     def draw(self, rows: int, draws: torch.Generator) -> Batch:
-        """Return (rows, spread + count) tokens; targets are asked at the marks only."""
+        """(rows, spread + count) tokens; targets are asked at the marks only."""
         noise, mark = self.alphabet, self.alphabet + 1
         kept = torch.randint(self.alphabet, (rows, self.count), generator=draws)
         places = torch.rand(rows, self.spread, generator=draws).argsort(1)[:, : self.count].sort(1).values
@@ -67,7 +67,7 @@ class InductionHeads:
         return self.alphabet + 1
 
     def draw(self, rows: int, draws: torch.Generator) -> Batch:
-        """Return (rows, length) tokens; one target, at the end."""
+        """(rows, length) tokens; one target, at the end."""
         tokens = torch.randint(self.alphabet, (rows, self.length), generator=draws)
         place = torch.randint(self.length - 2, (rows, 1), generator=draws)
         answer = tokens.gather(1, place + 1)
@@ -105,7 +105,7 @@ class AssociativeRecall:
         return self.keys + self.values
 
     def draw(self, rows: int, draws: torch.Generator) -> Batch:
-        """Return (rows, 2 pairs + queries) tokens; targets are asked at the keys of the end."""
+        """(rows, 2 pairs + queries) tokens; targets are asked at the keys of the end."""
         keys = torch.rand(rows, self.keys, generator=draws).argsort(1)[:, : self.pairs]
         values = self.keys + torch.randint(self.values, (rows, self.pairs), generator=draws)
         order = torch.rand(rows, self.pairs, generator=draws).argsort(1)[:, : self.queries]
@@ -145,7 +145,7 @@ class RepeatedPairs:
         return self.keys + self.values
 
     def draw(self, rows: int, draws: torch.Generator) -> Batch:
-        """Return (rows, 2 pairs) tokens; targets are asked at every key, seen before or not."""
+        """(rows, 2 pairs) tokens; targets are asked at every key, seen before or not."""
         own = draws if self.one_map is None else torch.Generator().manual_seed(self.one_map)
         maps = torch.randint(self.values, (rows if self.one_map is None else 1, self.keys), generator=own)
         keys = torch.randint(self.keys, (rows, self.pairs), generator=draws)

@@ -12,6 +12,7 @@ from paperworks import train
 from paperworks.lab import Lab
 from paperworks.models import Block, Decoder, DecoderModel
 from paperworks.nn import Feedforward, Mixer, RMSNorm
+from paperworks.testbeds.training import fit
 from paperworks.train.losses import IGNORED
 
 
@@ -23,13 +24,13 @@ class Task(Protocol):
         """Ids there are."""
 
     def draw(self, rows: int, draws: torch.Generator) -> dict[str, Tensor]:
-        """Return so many rows."""
+        """A batch of so many rows."""
 
 
 def small(
     task: Task, mixer: Mixer, *, dim: int = 64, depth: int = 2, feedforward: Feedforward | None = None
 ) -> Decoder:
-    """Return a small pre-norm model of one kind of mixer."""
+    """A small pre-norm model of one kind of mixer."""
     block = Block(norm=RMSNorm(), mixer=mixer, feedforward=feedforward)
     return Decoder(vocab_size=task.vocab_size, dim=dim, depth=depth, block=block, norm=RMSNorm())
 
@@ -39,7 +40,7 @@ def taught(
     spec: Decoder,
     task: Task,
     steps: int,
-    description: str,
+    seed: int,
     *,
     rows: int = 32,
     lr: float = 3e-3,
@@ -47,40 +48,30 @@ def taught(
     look: Callable[[int, DecoderModel], Any] | None = None,
 ) -> DecoderModel:
     """Train a model on fresh rows of a task: AdamW without decay, clip 1, a constant rate after 5% of warm-up."""
-    torch.manual_seed(lab.seed)
     model = spec.build()
 
     def batches(epoch: int) -> Any:
-        draws = torch.Generator().manual_seed(1_000 * lab.seed + epoch)
+        draws = lab.generator(1_000 * seed + epoch)
         return (task.draw(rows, draws) for _ in range(steps))
 
-    settings = train.Settings(
-        steps=steps,
-        lr=lr,
-        schedule="constant",
-        warmup=0.05,
-        optimizer=train.AdamW(weight_decay=0.0),
-        seed=lab.seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(description, steps) as advance:
+    def step(number: int) -> None:
+        if look is not None and number % every == 0:
+            model.eval()
+            look(number, model)
+            model.train()
 
-        def step(number: int) -> None:
-            advance(1)
-            if look is not None and number % every == 0:
-                model.eval()
-                look(number, model)
-                model.train()
-
-        train.fit(model, train.next_token_loss, batches, settings, on_step=step)
+    adam = train.AdamW(weight_decay=0.0)
+    with lab.threads(1):
+        fit(
+            model, train.next_token_loss, batches, steps=steps, lr=lr, seed=seed,
+            optimizer=adam, schedule="constant", warmup=0.05, on_step=step,
+        )  # fmt: skip
     return model.eval()
 
 
 @torch.no_grad()
 def remembered(model: nn.Module, task: Task, rows: int, seed: int = 99) -> float:
-    """Return the share of asked tokens that are right, on rows not trained on."""
+    """The share of asked tokens that are right, on rows not trained on."""
     batch = task.draw(rows, torch.Generator().manual_seed(seed))
     asked = batch["targets"] != IGNORED
     said = model(batch["tokens"]).argmax(-1)

@@ -44,11 +44,11 @@ class RelationCorpus:
             raise ValueError(f"a sentence has its word and one of each kind, so at least 4 words, got {self.length}")
 
     def word(self, country: int, form: int) -> str:
-        """Return the word of a cell of the grid."""
+        """The word of a cell of the grid."""
         return f"{self.forms[form]}{country}"
 
     def draw(self, seed: int) -> list[list[str]]:
-        """Return the sentences, each in random order."""
+        """The sentences, each in random order."""
         draws = torch.Generator().manual_seed(seed)
         tastes = torch.rand(self.countries, len(self.forms), self.styles, generator=draws) ** 3
         zipf = 1 / torch.arange(1, self.common + 1)
@@ -77,7 +77,7 @@ class RelationCorpus:
         return written
 
     def questions(self) -> list[tuple[str, str, str, str]]:
-        """Return all (a, b, c, d): a is to b as c is to d, two countries and two forms each."""
+        """All (a, b, c, d): a is to b as c is to d, two countries and two forms each."""
         return [
             (self.word(one, p), self.word(one, q), self.word(other, p), self.word(other, q))
             for p, q in permutations(range(len(self.forms)), 2)
@@ -86,7 +86,7 @@ class RelationCorpus:
 
 
 def question_ids(questions: list[tuple[str, str, str, str]], index: dict[str, int]) -> Int[Tensor, "questions 4"]:
-    """Return the questions whose four words are all known, as ids. Raises ValueError when there is none."""
+    """The questions whose four words are all known, as ids. Raises ValueError when there is none."""
     known = [[index[word] for word in question] for question in questions if all(word in index for word in question)]
     if not known:
         raise ValueError(f"none of {len(questions)} questions has four words that are known")

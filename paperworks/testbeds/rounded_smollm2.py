@@ -34,7 +34,7 @@ class Subject:
     tokenizer: Any = None
 
     def perplexity(self, format: WeightFormat | None = None, sequential: bool = True, decoded: bool = True) -> float:
-        """Return the perplexity with all linear layers of the blocks in a format, or as they are.
+        """The perplexity with all linear layers of the blocks in a format, or as they are.
 
         `decoded` weights are multiplied as plain ones: quicker, and right for formats that only round weights.
         """
@@ -44,11 +44,11 @@ class Subject:
         return train.perplexity(compress.decompress(rounded) if decoded else rounded, self.tokens, self.context)
 
     def model_copy(self) -> DecoderModel:
-        """Return a copy to change."""
+        """A copy to change."""
         return copy.deepcopy(self.model)
 
     def rounded(self, format: WeightFormat, sequential: bool = True) -> Any:
-        """Return a copy of the model in a format, calibrated if the format asks for it."""
+        """A copy of the model in a format, calibrated if the format asks for it."""
         calibration = Calibration(self.calibration, sequential=sequential) if format.needs else None
         return compress.apply(copy.deepcopy(self.model), format, self.targets, calibration=calibration)
 
@@ -73,7 +73,7 @@ def subject(lab: Lab) -> Subject:
 
 
 def _calibration(tokenizer: Any, sequences: int, length: int) -> list[Int[Tensor, "1 length"]]:
-    """Return sequences in turn from the end of Shakespeare and from training problems: none of it is scored."""
+    """Sequences in turn from the end of Shakespeare and from training problems: none of it is scored."""
     room = 8 * length * sequences  # characters; a token has four or so
     try:
         problems = "\n\n".join(

@@ -22,7 +22,7 @@ class ScoredText:
 
 
 def scored_text(tokenizer: Any, count: int) -> ScoredText:
-    """Return `count` tokens, half Shakespeare, half word problems; of Python's documentation where they are missing."""
+    """`count` tokens, half Shakespeare, half word problems; of Python's documentation where they are missing."""
     try:
         parts = [load_text("tinyshakespeare").text, _questions(count)]
         words = ", half Shakespeare, half word problems of GSM8K"

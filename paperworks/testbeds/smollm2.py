@@ -21,7 +21,7 @@ PROVENANCE = (
 
 
 def smollm2(lab: Lab, smoke_depth: int = 1) -> DecoderModel:
-    """Return SmolLM2-135M-Instruct with its tokenizer; in a smoke run random weights in its shape, a third as wide.
+    """SmolLM2-135M-Instruct with its tokenizer; in a smoke run random weights in its shape, a third as wide.
 
     Args:
         lab: says the scale and the device.
@@ -37,7 +37,7 @@ def smollm2(lab: Lab, smoke_depth: int = 1) -> DecoderModel:
 
 
 def stand_in(depth: int = 30, seed: int = 0) -> DecoderModel:
-    """Return random weights in SmolLM2's shape, a third as wide, with its tokenizer."""
+    """Random weights in SmolLM2's shape, a third as wide, with its tokenizer."""
     spec = llama(192, depth, 6, 256, kv_heads=3, vocab_size=49_152, context=8192, eps=1e-5, tied=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

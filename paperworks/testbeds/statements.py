@@ -33,7 +33,7 @@ class Statements:
 
 
 def paired(topic: str, count: int, seed: int) -> tuple[Statements, Statements]:
-    """Return `count` affirmative statements of a topic, half of them true, and the negation of each, row by row.
+    """`count` affirmative statements of a topic, half of them true, and the negation of each, row by row.
 
     Raises:
         AssetUnavailable: when the data set cannot be had.
@@ -57,7 +57,7 @@ def paired(topic: str, count: int, seed: int) -> tuple[Statements, Statements]:
 def last_states(
     lab: Lab, model: DecoderModel, texts: Sequence[str], layers: Sequence[int], description: str
 ) -> Float[Tensor, "layers texts dim"]:
-    """Return the residual stream after some blocks at the last token of each text (float32, on the CPU)."""
+    """The residual stream after some blocks at the last token of each text (float32, on the CPU)."""
     tokenizer: Any = model.tokenizer
     prompts = [tokenizer.encode(text) for text in texts]
     paths = [f"blocks.{layer}" for layer in layers]
@@ -82,25 +82,25 @@ class Seen:
     states: dict[str, Float[Tensor, "layers n dim"]]
 
     def at(self, names: Sequence[str], layer: int) -> Float[Tensor, "n dim"]:
-        """Return the activations of some data sets after a block, in that order."""
+        """The activations of some data sets after a block, in that order."""
         place = self.layers.index(layer)
         return torch.cat([self.states[name][place] for name in names])
 
     def true(self, names: Sequence[str]) -> Bool[Tensor, " n"]:
-        """Return the truth of the same statements."""
+        """The truth of the same statements."""
         return torch.cat([self.sets[name].true for name in names])
 
     def affirmative(self, names: Sequence[str]) -> Bool[Tensor, " n"]:
-        """Return which of the same statements are not negated."""
+        """Which of the same statements are not negated."""
         return torch.cat([torch.full((len(self.sets[name]),), not name.startswith("neg_")) for name in names])
 
     def groups(self, names: Sequence[str]) -> list[str]:
-        """Return the data set of each of the same statements."""
+        """The data set of each of the same statements."""
         return [name for name in names for _ in range(len(self.sets[name]))]
 
 
 def depth(lab: Lab) -> int:
-    """Return how many blocks the model of this run has."""
+    """How many blocks the model of this run has."""
     return lab.pick(smoke=4, small=30)
 
 

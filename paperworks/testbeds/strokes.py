@@ -14,7 +14,7 @@ Point = tuple[float, float]
 
 
 def _turn(x: float, y: float, width: float, height: float, begin: float, end: float, corners: int = 8) -> list[Point]:
-    """Return corners on an ellipse, from one angle to another, in turns from the right and upwards."""
+    """Corners on an ellipse, from one angle to another, in turns from the right and upwards."""
     angles = [2 * math.pi * (begin + (end - begin) * i / corners) for i in range(corners + 1)]
     return [(x + width * math.cos(angle), y + height * math.sin(angle)) for angle in angles]
 
@@ -50,7 +50,7 @@ class Strokes:
     lengths: Int[Tensor, " rows"]
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what `models.handwriting.handwriting_loss` takes."""
+        """What `models.handwriting.handwriting_loss` takes."""
         return self.offsets, self.real, self.text, self.lengths
 
 
@@ -122,7 +122,7 @@ class Hand:
 
 
 def _walked(corners: Float[Tensor, "corners 2"], stride: float) -> Float[Tensor, "points 2"]:
-    """Return points about a stride apart along a line of corners, both ends among them."""
+    """Points about a stride apart along a line of corners, both ends among them."""
     lengths = corners.diff(dim=0).norm(dim=1)
     along = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
     count = max(1, round(float(along[-1]) / stride))

@@ -55,7 +55,7 @@ class Top1Distillation:
         self.teacher, self.weight = teacher, weight
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """Return (sum of the mixed cross entropy, number of tokens predicted)."""
+        """(sum of the mixed cross entropy, number of tokens predicted)."""
         parts = {"tokens": batch} if isinstance(batch, Tensor) else dict(batch)
         tokens, segments = parts["tokens"], parts.get("segments")
         where = {} if segments is None else {"segments": segments}

@@ -74,4 +74,5 @@ def _scored(model: nn.Module, streams: Streams, batch: Any, scored: list[Tensor]
     logits = model(batch["tokens"], Placement(cache=streams.carried(model)))
     logs = logits.double().log_softmax(-1).gather(-1, batch["targets"][..., None])
     scored.append(logs.detach().flatten())
-    return -logs.sum().to(logits.dtype)
+    out: Tensor = -logs.sum().to(logits.dtype)
+    return out

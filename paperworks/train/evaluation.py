@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Any]) -> dict[str, 
 
 
 def perplexity(model: nn.Module, tokens: Int[Tensor, " time"], context: int, stride: int | None = None) -> float:
-    """Return exp(mean negative log likelihood a token) of one text that may be longer than the context.
+    """exp(mean negative log likelihood a token) of one text that may be longer than the context.
 
     A window of `context` tokens moves by `stride` (default: context - 1); each token but the first is scored
     once, in the first window that reaches it, so with a shorter stride after at least context - stride others.

@@ -79,7 +79,8 @@ def find_lr(
         if len(losses) < 2:
             return False
         lowest = min(losses)
-        return losses[-1] - lowest > EXPLODED * max(losses[0] - lowest, 0.1 * abs(losses[0]))
+        out: bool = losses[-1] - lowest > EXPLODED * max(losses[0] - lowest, 0.1 * abs(losses[0]))
+        return out
 
     with _restored(model), _restored_place(batches), randomness.undisturbed(), suppress(Diverged):
         fit(model, loss, batches, sweep, on_step=exploded, callbacks=[records.append])
@@ -95,7 +96,8 @@ class _Exponential(Schedule):
 
     def __call__(self, step: int, steps: int) -> float:
         """Height of the curve."""
-        return self.start ** (1 - step / (steps - 1))
+        out: float = self.start ** (1 - step / (steps - 1))
+        return out
 
 
 def _summary(rates: list[float], losses: list[float]) -> RateSweep:

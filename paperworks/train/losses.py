@@ -22,7 +22,7 @@ LEAN_FROM = 2**20
 
 
 def next_token_loss(model: nn.Module, batch: Any) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Return (sum of -log p(next token), number of tokens predicted): what `fit` and `evaluate` take.
+    """(sum of -log p(next token), number of tokens predicted): what `fit` and `evaluate` take.
 
     batch: int64 tokens (batch, time), or a mapping with
         "tokens": int64 (batch, time);
@@ -111,7 +111,7 @@ def cross_entropy_sum(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, 
     Equal to `plain_cross_entropy_sum`, but what it keeps for the backward pass is one number a row: the softmax is
     computed again there, chunk by chunk, straight into the gradient in the dtype of the logits.
     """
-    loss: Tensor = _CrossEntropySum.apply(logits, targets)
+    loss: Tensor = _CrossEntropySum.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss
 
 

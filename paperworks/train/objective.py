@@ -51,9 +51,9 @@ def _count(count: Any) -> float | Tensor:
     if isinstance(count, Tensor):
         if count.numel() != 1:
             raise ValueError(f"the count has shape {tuple(count.shape)}; return the number of elements summed")
-        count = count.detach().reshape(())
-        if count.device.type != "cpu":
-            return count  # reading it would wait for the device; `Tally` and the loop look at it later
+        single = count.detach().reshape(())
+        if single.device.type != "cpu":
+            return single  # reading it would wait for the device; `Tally` and the loop look at it later
     value = float(count)
     if not 0 <= value < float("inf"):
         raise ValueError(f"the count is {value}; return the number of elements summed, 0 or more")

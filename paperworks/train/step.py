@@ -154,7 +154,8 @@ class Stepper:
         if not self._alone:
             return sharding.whole(torch.nn.utils.get_total_norm(gradients))
         if self._uniform:  # a third of the time of torch's function for small models
-            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            out: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            return out
         return torch.nn.utils.get_total_norm(gradients)
 
     def _set_rate(self, step: int) -> None:

@@ -13,9 +13,11 @@ from paperworks.models import Block, Seq2Seq
 from paperworks.models.presets.t5 import switch
 from paperworks.nn import Experts, TopKRouter
 
+UNLIMITED = 2**20  # written as their capacity where an expert takes every token: more than a sequence has
+
 
 class Switch(T5):
-    """Their capacity is a number of tokens a sequence and expert, ours a share of a call: no token is lost here."""
+    """A T5 of experts whose capacity is a number of tokens a sequence (`Experts.capacity_tokens`)."""
 
     model_type = "switch_transformers"
     architecture = "SwitchTransformersForConditionalGeneration"
@@ -25,6 +27,7 @@ class Switch(T5):
         "num_layers": 12,
         "num_heads": 12,
         "num_experts": 8,
+        "expert_capacity": 64,
         "num_sparse_encoder_layers": 3,
         "num_sparse_decoder_layers": 3,
         "router_jitter_noise": 0.01,
@@ -42,12 +45,11 @@ class Switch(T5):
         "feed_forward_proj": ("relu",),
         "add_cross_attention": (False,),
     }
-    # expert_capacity is passed over: where a sequence sends more tokens to an expert, transformers drops the rest, in
-    # evaluation too; here none is dropped. The sparse steps follow from the numbers of layers.
+    # The sparse steps follow from the numbers of layers.
     inert: ClassVar[frozenset[str]] = frozenset(
         {
             "add_router_probs", "batch_prioritized_routing", "classifier_dropout", "decoder_sparse_step",
-            "encoder_sparse_step", "expert_capacity", "initializer_factor", "is_decoder", "is_gated_act", "n_positions",
+            "encoder_sparse_step", "initializer_factor", "is_decoder", "is_gated_act", "n_positions",
             "num_selected_experts",
         }
     )  # fmt: skip
@@ -62,7 +64,14 @@ class Switch(T5):
             z=float(entries["router_z_loss_coef"]),
             jitter=float(entries["router_jitter_noise"]),
         )
-        everywhere = switch(**arguments, experts=entries["num_experts"], every=1, capacity=None, router=router)
+        everywhere = switch(
+            **arguments,
+            experts=entries["num_experts"],
+            every=1,
+            capacity=None,
+            capacity_tokens=None if entries["expert_capacity"] >= UNLIMITED else int(entries["expert_capacity"]),
+            router=router,
+        )
 
         def layers(blocks: tuple[Block, ...], sparse: int) -> tuple[Block, ...]:
             # theirs: layers 1, 1 + step ...; with no sparse layer the step is the depth, which makes layer 1 sparse
@@ -93,7 +102,7 @@ class Switch(T5):
             raise Inexpressible(
                 [
                     f"Experts.capacity is {experts.capacity}: Hugging Face counts capacity in tokens a sequence, and "
-                    "would lose other tokens than this model; write it with capacity=None in its Experts"
+                    "would lose other tokens than this model; write it with capacity_tokens, or capacity=None"
                 ]
             )
         dense = Seq2Seq(
@@ -102,7 +111,7 @@ class Switch(T5):
         )
         return write_sizes(dense) | {
             "num_experts": experts.count,
-            "expert_capacity": 2**20,  # of a sequence's tokens: all of them
+            "expert_capacity": experts.capacity_tokens or UNLIMITED,
             "num_sparse_encoder_layers": len(sparse[0]),
             "num_sparse_decoder_layers": len(sparse[1]),
             "router_aux_loss_coef": router.balance,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +211,7 @@ def load_gguf(
     if keep_quantized:
         _keep_blocks(model, file, table)
     model.source_family = family.model_type
-    return model
+    return cast(DecoderModel, model)
 
 
 def _keep_blocks(model: DecoderModel, file: GGUFFile, table: list[Rule]) -> None:

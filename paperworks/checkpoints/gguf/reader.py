@@ -58,7 +58,7 @@ class GGUFTensor:
     _file: _OpenFile
 
     def raw(self) -> UInt8[Tensor, "*rows bytes"]:
-        """Return the stored bytes, one row of blocks to a row; mapped, so pages are read when they are looked at.
+        """The stored bytes, one row of blocks to a row; mapped, so pages are read when they are looked at.
 
         Writing to it changes this process's memory only, never the file.
         """
@@ -164,7 +164,7 @@ def _entry(cursor: Cursor, index: int) -> _Entry:
 
 
 def _alignment(cursor: Cursor, metadata: dict[str, object]) -> int:
-    """Return what the start of the data and every offset in it are multiples of."""
+    """What the start of the data and every offset in it are multiples of."""
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise cursor.error(f"general.alignment is {alignment!r}; it must be a power of two up to 1,048,576")

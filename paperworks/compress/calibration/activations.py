@@ -21,7 +21,7 @@ BINS = 2048  # of the histogram for KL, as in TensorRT
 def dynamic_int8(
     x: Float[Tensor, "... features"], per_token: bool = True
 ) -> tuple[Int8[Tensor, "... features"], Float[Tensor, "... 1"]]:
-    """Return (codes, scale) of absmax rounding: a scale for each token, or one for all. x is near codes * scale."""
+    """(codes, scale) of absmax rounding: a scale for each token, or one for all. x is near codes * scale."""
     x = x.float()
     top = x.abs().amax(-1, keepdim=True) if per_token else x.abs().amax().reshape([1] * x.dim())
     scale = torch.where(top > 0, top / 127, 1.0)
@@ -29,7 +29,7 @@ def dynamic_int8(
 
 
 def static_int8(x: Float[Tensor, "... features"], scale: Float[Tensor, "..."]) -> Int8[Tensor, "... features"]:
-    """Return the codes -127..127 for a scale known beforehand; what lies outside is clipped."""
+    """The codes -127..127 for a scale known beforehand; what lies outside is clipped."""
     return torch.round(x.float() / scale).clamp_(-127, 127).to(torch.int8)
 
 
@@ -40,7 +40,7 @@ def static_range(
     symmetric: bool = True,
     percentile: float = 99.9,
 ) -> tuple[float, float]:
-    """Return the (low, high) that a static quantizer should cover.
+    """The (low, high) that a static quantizer should cover.
 
     Args:
         samples: activations seen in calibration.
@@ -76,7 +76,7 @@ def static_range(
 
 
 def static_grid(low: float, high: float, bits: int = 8, symmetric: bool = True) -> Grid:
-    """Return the grid that covers a range, with one scale for everything."""
+    """The grid that covers a range, with one scale for everything."""
     return grid_of_range(torch.tensor([low]), torch.tensor([high]), bits, symmetric)
 
 
@@ -89,7 +89,7 @@ def _squared_error(x: Tensor, low: float, high: float, bits: int, symmetric: boo
 
 
 def _divergence(x: Tensor, low: float, high: float, bits: int, symmetric: bool) -> float:
-    """Return KL(histogram of the clipped numbers || the same spread evenly inside each level of the grid)."""
+    """KL(histogram of the clipped numbers || the same spread evenly inside each level of the grid)."""
     clipped = x.clamp(low, high)
     counts = torch.histc(clipped, BINS, low, high)
     inside = torch.histc(x[(x > low) & (x < high)], BINS, low, high)

@@ -29,7 +29,7 @@ def feed_back(
     begin: Callable[[int, Float[Tensor, "width rows"]], None] | None = None,
     block: int = 128,
 ) -> Float[Tensor, "rows columns"]:
-    """Return Q, column by column from the left, each corrected for the errors of those before it.
+    """Q, column by column from the left, each corrected for the errors of those before it.
 
     Args:
         weight: W.
@@ -82,7 +82,7 @@ def feed_back(
 def upper_factor(
     second_moment: Float[Tensor, "columns columns"], damping: float = 0.01
 ) -> Float[Tensor, "columns columns"]:
-    """Return R, upper triangular with R R^T = H + damping mean(diag H) I.
+    """R, upper triangular with R R^T = H + damping mean(diag H) I.
 
     Inputs that were always zero get a diagonal of 1, so that they are rounded for themselves. If the matrix is singular
     even so, it is damped ten times more until it is not, and a warning says by how much.
@@ -115,6 +115,6 @@ def upper_factor(
 
 
 def upper_cholesky(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"] | None:
-    """Return R, upper triangular with R R^T = H, or None where H is not positive definite and finite."""
+    """R, upper triangular with R R^T = H, or None where H is not positive definite and finite."""
     lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
     return None if bool(failed) or not bool(lower.isfinite().all()) else lower.flip(0, 1).contiguous()

@@ -24,12 +24,12 @@ _LAZY = 128  # columns whose feedback is added at once, as a matrix product, to 
 
 
 def proxy_loss(difference: Float[Tensor, "rows columns"], moment: Float[Tensor, "columns columns"]) -> Tensor:
-    """Return tr(E H E^T), which for H = E[x x^T] is the expected squared error of the layer's output."""
+    """tr(E H E^T), which for H = E[x x^T] is the expected squared error of the layer's output."""
     return ((difference @ moment) * difference).sum()
 
 
 def feedback_factor(moment: Float[Tensor, "columns columns"], width: int = 1) -> Float[Tensor, "columns columns"]:
-    """Return U, strictly upper triangular in blocks of `width` columns, of H = (U + I) D (U + I)^T.
+    """U, strictly upper triangular in blocks of `width` columns, of H = (U + I) D (U + I)^T.
 
     Raises `ValueError` where H is not positive definite: damp it first.
     """
@@ -43,7 +43,8 @@ def feedback_factor(moment: Float[Tensor, "columns columns"], width: int = 1) ->
     # R_:b R_bb^-1 makes every diagonal block the identity, which is what U + I has there.
     split = upper.view(columns, columns // width, width).transpose(0, 1)
     unit = torch.linalg.solve_triangular(blocks, split, upper=True, left=False).transpose(0, 1).reshape_as(upper)
-    return unit - torch.eye(columns, dtype=unit.dtype, device=unit.device)
+    out: Tensor = unit - torch.eye(columns, dtype=unit.dtype, device=unit.device)
+    return out
 
 
 def ldlq(

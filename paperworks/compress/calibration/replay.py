@@ -33,7 +33,7 @@ class Unit:
             return None
 
     def groups(self) -> list[tuple[str, ...]]:
-        """Return the layers by the input they read, in order of execution."""
+        """The layers by the input they read, in order of execution."""
         order = _execution_order(self)
         for path in self.paths:
             if not any(path in group for group in order):
@@ -47,7 +47,7 @@ class Unit:
         """Go on to what follows."""
 
     def outputs(self) -> list[Tensor]:
-        """Return the outputs of all batches, before anything in this unit changes."""
+        """The outputs of all batches, before anything in this unit changes."""
         return [_first(self.run(index)) for index in range(len(self.batches))]
 
     def tune(self, tune: Tune, targets: list[Tensor]) -> None:
@@ -131,7 +131,7 @@ def _block_units(model: nn.Module, owner: str, paths: list[str], batches: Sequen
 
 
 def _block_lists(model: nn.Module, paths: Sequence[str]) -> dict[str, set[str]]:
-    """Return the paths below each outermost ModuleList."""
+    """The paths below each outermost ModuleList."""
     found: dict[str, set[str]] = {}
     for path in paths:
         parts = path.split(".")

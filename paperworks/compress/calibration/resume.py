@@ -82,7 +82,7 @@ class Progress:
         return path in self._found
 
     def layer(self, path: str, module: nn.Module, format: WeightFormat) -> CompressedLinear | None:
-        """Return a layer that was finished before the interruption, or None."""
+        """A layer that was finished before the interruption, or None."""
         from safetensors import safe_open
 
         if path not in self._found:
@@ -146,7 +146,7 @@ def _read_header(file: Path) -> list[str]:
 
 
 def _fingerprint(value: Any, start: int = 0) -> str:
-    """Return 8 hexadecimal digits for tensors nested in lists, tuples and mappings."""
+    """8 hexadecimal digits for tensors nested in lists, tuples and mappings."""
     for tensor in _tensors(value):
         flat = tensor.detach().cpu().contiguous().view(-1)
         start = zlib.crc32(flat.view(torch.uint8).numpy().data, start)

@@ -38,20 +38,20 @@ class Statistics:
 
     @classmethod
     def of(cls, inputs: Float[Tensor, "... columns"], needs: Iterable[str] | None = None) -> "Statistics":
-        """Return the statistics of inputs at hand; all of them if `needs` is None."""
+        """The statistics of inputs at hand; all of them if `needs` is None."""
         gatherer = Gatherer(inputs.shape[-1], cls.names() if needs is None else needs)
         gatherer.add(inputs)
         return gatherer.statistics()
 
     @classmethod
     def neutral(cls, columns: int) -> "Statistics":
-        """Return those of inputs that tell no feature from another: unit second moment, one sample a feature."""
+        """Those of inputs that tell no feature from another: unit second moment, one sample a feature."""
         ones = torch.ones(columns)
         return cls(columns, torch.eye(columns), ones, ones, -ones, ones, torch.eye(columns))
 
     def required(self, name: str) -> Tensor:
-        """Return a statistic that `needs` names."""
-        value = getattr(self, name)
+        """A statistic that `needs` names."""
+        value: Tensor = getattr(self, name)
         if value is None:
             raise ValueError(f"the statistic {name!r} was not gathered: name it in the format's needs")
         return value
@@ -117,7 +117,7 @@ class Gatherer:
         self._samples, self._keys = x.clone(), keys
 
     def statistics(self) -> Statistics:
-        """Return what was gathered. Raises `ValueError` if nothing was."""
+        """What was gathered. Raises `ValueError` if nothing was."""
         if not self.count:
             raise ValueError("no calibration token reached it")
         found = {

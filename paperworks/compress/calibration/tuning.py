@@ -98,7 +98,7 @@ def _descend(
 
 @torch.no_grad()
 def _loss(inputs: Sequence[Tensor], targets: Sequence[Tensor], run: Callable[[int, Tensor], Tensor]) -> float:
-    """Return the mean over the batches."""
+    """The mean over the batches."""
     total = 0.0
     for index, (x, target) in enumerate(zip(inputs, targets, strict=True)):
         total += float(nn.functional.mse_loss(run(index, x).float(), target.float()))

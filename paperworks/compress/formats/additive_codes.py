@@ -17,7 +17,7 @@ def reconstruct(
     codebooks: Float[Tensor, "codebooks entries group"],
     scales: Float[Tensor, " rows"],
 ) -> Float[Tensor, "rows columns"]:
-    """Return What; differentiable in the codebooks and the scales."""
+    """The weight W-hat of additive codes; differentiable in the codebooks and the scales."""
     rows, groups, count = codes.shape
     total = codebooks[0].index_select(0, codes[..., 0].reshape(-1))
     for book in range(1, count):
@@ -28,7 +28,7 @@ def reconstruct(
 def nearest_entry(
     vectors: Float[Tensor, "vectors group"], book: Float[Tensor, "entries group"]
 ) -> Int[Tensor, " vectors"]:
-    """Return the index of the entry nearest to each vector."""
+    """The index of the entry nearest to each vector."""
     half = book.square().sum(1) / 2
     return torch.cat([(chunk @ book.T - half).max(1).indices for chunk in vectors.split(_CHUNK)])
 
@@ -36,7 +36,7 @@ def nearest_entry(
 def k_means(
     vectors: Float[Tensor, "vectors group"], entries: int, iterations: int, draws: torch.Generator
 ) -> Float[Tensor, "entries group"]:
-    """Return centres by Lloyd's iterations from vectors drawn at random; a centre without members moves to one."""
+    """Centres by Lloyd's iterations from vectors drawn at random; a centre without members moves to one."""
     if len(vectors) > _SAMPLE * entries:
         vectors = vectors[torch.randperm(len(vectors), generator=draws)[: _SAMPLE * entries].to(vectors.device)]
     order = torch.randperm(len(vectors), generator=draws).to(vectors.device)
@@ -109,7 +109,7 @@ def tune_values(
 
 
 def _entry_gradients(slope: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
-    """Return the sum, for each entry, of the slopes of all groups that use it."""
+    """The sum, for each entry, of the slopes of all groups that use it."""
     out = torch.zeros_like(codebooks)
     flat = slope.reshape(-1, codebooks.shape[2])
     for book in range(len(codebooks)):

@@ -124,10 +124,11 @@ class AQLM(WeightFormat):
         count = columns // self.group * self.codebooks
         codes = rows * (8 * packed_bytes(count, self.bits) if self.bits <= 8 else 16 * count)
         books = 16 * self.codebooks * 2**self.bits * self.group
-        return (codes + books + 16 * rows) / (rows * columns)
+        out: float = (codes + books + 16 * rows) / (rows * columns)
+        return out
 
     def pack(self, codes: Int[Tensor, "rows groups codebooks"]) -> Tensor:
-        """Return `codes` as they are stored."""
+        """`codes` as they are stored."""
         flat = codes.reshape(codes.shape[0], -1)
         return pack_codes(flat, self.bits) if self.bits <= 8 else flat.to(torch.int16)
 

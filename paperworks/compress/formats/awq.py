@@ -45,7 +45,7 @@ class AWQ(Uniform):
             )
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return the tensors of `Uniform` for W diag(s), and s."""
+        """The tensors of `Uniform` for W diag(s), and s."""
         check_weight(weight, type(self).__name__)
         known = self.learned(statistics)
         moment = known.required("second_moment").to(weight.device)
@@ -58,7 +58,7 @@ class AWQ(Uniform):
         second_moment: Float[Tensor, "columns columns"],
         absolute_mean: Float[Tensor, " columns"],
     ) -> tuple[Float[Tensor, " columns"], float]:
-        """Return (s, alpha) of the least output error; s as it is stored."""
+        """(s, alpha) of the least output error; s as it is stored."""
         best, exponent, least = torch.ones_like(absolute_mean), 0.0, torch.inf
         for alpha in EXPONENTS:
             scales = channel_scales(absolute_mean, alpha)
@@ -70,11 +70,11 @@ class AWQ(Uniform):
         return best, exponent
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return the grid's values over s."""
+        """The grid's values over s."""
         return super().decode(stored, shape) / stored["channel_scales"].float()
 
     def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
-        """Return the grid, with 1 / s on its inputs."""
+        """The grid, with 1 / s on its inputs."""
         grids = super().grids(stored, shape)
         return None if grids is None else replace(grids, inputs=1 / stored["channel_scales"].float())
 
@@ -84,7 +84,7 @@ class AWQ(Uniform):
         return super().reencode(weight.detach().float() * channel.float(), stored) | {"channel_scales": channel}
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return the bits of `Uniform`, and 16 for each input."""
+        """The bits of `Uniform`, and 16 for each input."""
         return super().bits_per_weight(shape) + 16 / shape[0]
 
     def _scaled(self, weight: Tensor, scales: Tensor, moment: Tensor) -> Stored:
@@ -94,7 +94,7 @@ class AWQ(Uniform):
         return self.store(grid.codes(slices), grid, shape) | {"channel_scales": scales.to(torch.float16)}
 
     def _clipped(self, weight: Tensor, moment: Tensor) -> Grid:
-        """Return the grids whose clipping loses least of the output, each group judged for itself."""
+        """The grids whose clipping loses least of the output, each group judged for itself."""
         rows, columns = weight.shape
         group = self.group_of(columns)
         slices = weight.view(rows, -1, group)
@@ -122,7 +122,7 @@ class AWQ(Uniform):
 
 
 def channel_scales(absolute_mean: Float[Tensor, " columns"], alpha: float) -> Float[Tensor, " columns"]:
-    """Return s = mean^alpha, at least 1e-4, over sqrt(max s * min s); rounded to float16, as it is stored."""
+    """s = mean^alpha, at least 1e-4, over sqrt(max s * min s); rounded to float16, as it is stored."""
     scales = absolute_mean.pow(alpha).clamp(min=1e-4)
     scales = scales / (scales.max() * scales.min()).sqrt()
     return scales.to(torch.float16).float()

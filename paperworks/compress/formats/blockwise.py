@@ -22,14 +22,14 @@ def blocks_of(weight: Tensor, block: int) -> Float[Tensor, "blocks block"]:
 
 
 def nearest_code(values: Tensor, codes: Float[Tensor, " codes"]) -> Int[Tensor, "..."]:
-    """Return the index of the nearest entry of an ascending codebook; ties go to the lower one."""
+    """The index of the nearest entry of an ascending codebook; ties go to the lower one."""
     boundaries = (codes[1:] + codes[:-1]) / 2
     return torch.bucketize(values, boundaries)
 
 
 @cache
 def dynamic_code() -> Float[Tensor, "256"]:
-    """Return the signed dynamic 8-bit code (Dettmers 2016, arXiv:1511.04561): seven decades, finer where larger."""
+    """The signed dynamic 8-bit code (Dettmers 2016, arXiv:1511.04561): seven decades, finer where larger."""
     positive = []
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)

@@ -30,7 +30,7 @@ _CHUNK = 1 << 16  # vectors searched at once: keeps the intermediate tensors in 
 
 @lru_cache(maxsize=8)
 def magnitudes(device: torch.device = _CPU) -> Float[Tensor, "256 8"]:
-    """Return the 256 vectors s: the 227 of squared norm up to 10, then the 29 of norm 12."""
+    """The 256 vectors s: the 227 of squared norm up to 10, then the 29 of norm 12."""
     inner = [v for v in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(x * x for x in v) <= 10]
     outer = [tuple(0.5 if str(place) in word else 1.5 for place in range(8)) for word in _PADDING.split()]
     return torch.tensor(inner + outer, device=device)
@@ -38,7 +38,7 @@ def magnitudes(device: torch.device = _CPU) -> Float[Tensor, "256 8"]:
 
 @lru_cache(maxsize=8)
 def table(device: torch.device = _CPU) -> Float[Tensor, "65536 8"]:
-    """Return the points by code: two megabytes, read by `index_select`."""
+    """The points by code: two megabytes, read by `index_select`."""
     codes = torch.arange(1 << 16, device=device)
     size = magnitudes(device)[codes >> 8]
     negative = ((codes[:, None] >> torch.arange(1, 8, device=device)) & 1).bool()
@@ -48,7 +48,7 @@ def table(device: torch.device = _CPU) -> Float[Tensor, "65536 8"]:
 
 
 def nearest(x: Float[Tensor, "vectors 8"]) -> Int[Tensor, " vectors"]:
-    """Return the codes of the nearest points, exactly, in float32.
+    """The codes of the nearest points, exactly, in float32.
 
     For each shift: the best signs are those of x - shift, unless their parity is wrong; then the coordinate where a
     flip costs least is flipped. Of the vectors of one kind, the best pairs the largest magnitudes with the largest
@@ -69,7 +69,7 @@ def _nearest(x: Tensor) -> Tensor:
 
 
 def _nearest_unshifted(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return magnitudes, which of them are negative, and the squared distance."""
+    """Magnitudes, which of them are negative, and the squared distance."""
     size, negative = y.abs(), y < 0
     ordered, order = size.sort(1, descending=True)
     flipped = negative.sum(1) % 2 == 1
@@ -97,7 +97,7 @@ def _nearest_unshifted(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=8)
 def _index_of(device: torch.device) -> Int[Tensor, "6561"]:
-    """Return the index of s by its magnitudes read as digits of base 3; -1 for those that are no s."""
+    """The index of s by its magnitudes read as digits of base 3; -1 for those that are no s."""
     index = torch.full((3**8,), -1, dtype=torch.long, device=device)
     index[(magnitudes(device).long() * _powers(device)).sum(1)] = torch.arange(256, device=device)
     return index
@@ -110,7 +110,7 @@ def _powers(device: torch.device) -> Int[Tensor, "8"]:
 
 @lru_cache(maxsize=8)
 def residual_table(device: torch.device = _CPU) -> Float[Tensor, "256 8"]:
-    """Return the one-bit codebook for residuals: the 241 points of E8 of squared norm up to 2, and 15 of +-2 e_i."""
+    """The one-bit codebook for residuals: the 241 points of E8 of squared norm up to 2, and 15 of +-2 e_i."""
     whole = [v for v in itertools.product((-1.0, 0.0, 1.0), repeat=8) if sum(x * x for x in v) in (0.0, 2.0)]
     half = [v for v in itertools.product((-0.5, 0.5), repeat=8) if sum(v) % 2 == 0]
     axes = [
@@ -123,6 +123,6 @@ def residual_table(device: torch.device = _CPU) -> Float[Tensor, "256 8"]:
 
 
 def nearest_residual(x: Float[Tensor, "vectors 8"]) -> Int[Tensor, " vectors"]:
-    """Return the codes of the nearest of the 256 points for residuals."""
+    """The codes of the nearest of the 256 points for residuals."""
     points = residual_table(x.device)
     return (x.float() @ points.T - points.square().sum(1) / 2).max(1).indices

@@ -53,7 +53,7 @@ class FourBit(WeightFormat):
             raise ValueError(f"{type(self).__name__}.block must be even (two codes a byte), got {self.block}")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return the packed codes and the scales."""
+        """The packed codes and the scales."""
         check_weight(weight, type(self).__name__)
         blocks = blocks_of(weight, self.block)
         scales = blocks.abs().amax(1)
@@ -65,11 +65,11 @@ class FourBit(WeightFormat):
         return stored | (encode_scales(scales) if self.double_quantization else {"scales": scales})
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return codebook[code] * scale."""
+        """codebook[code] * scale."""
         return self.decode_as(stored, shape, torch.float32)
 
     def decode_as(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        """Return the weight in `dtype`, rounded once; only a piece of it is ever in float32."""
+        """The weight in `dtype`, rounded once; only a piece of it is ever in float32."""
         packed = stored["codes"]
         scales = (decode_scales(stored) if self.double_quantization else stored["scales"])[:, None]
         pairs, count, rest = _pairs(self.values, packed.device), math.prod(shape), math.prod(shape) % self.block
@@ -89,7 +89,7 @@ class FourBit(WeightFormat):
         return (out.flatten()[:count] if rest else out).view(shape)
 
     def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
-        """Return two grids whose sum is within bfloat16's rounding of the codebook; None where blocks cross rows."""
+        """Two grids whose sum is within bfloat16's rounding of the codebook; None where blocks cross rows."""
         if shape[1] % self.block:
             return None
         scales = decode_scales(stored) if self.double_quantization else stored["scales"]
@@ -108,7 +108,7 @@ _PAIRS: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 
 def _pairs(values: tuple[float, ...], device: torch.device) -> Int[Tensor, "256"]:
-    """Return the two float32 values of every byte as one 64-bit number: one look-up decodes two weights."""
+    """The two float32 values of every byte as one 64-bit number: one look-up decodes two weights."""
     if (values, device) not in _PAIRS:
         codes = unpack_nibbles(torch.arange(256, dtype=torch.uint8)).int()
         _PAIRS[values, device] = torch.tensor(values)[codes].view(torch.int64).to(device)

@@ -34,13 +34,13 @@ class FP8(WeightFormat):
     activations: Literal["token", "tensor"] | None = "token"
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: object | None = None) -> Stored:
-        """Return float8 codes and float32 scales."""
+        """float8 codes and float32 scales."""
         check_weight(weight, type(self).__name__)
         codes, scale = to_fp8(weight.detach(), self.kind, per_row=self.weights == "row")
         return {"codes": codes, "scales": scale.flatten()}
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return code * scale."""
+        """Code * scale."""
         return stored["codes"].float() * stored["scales"][:, None]
 
     def multiply(
@@ -57,7 +57,7 @@ class FP8(WeightFormat):
 def to_fp8(
     x: Float[Tensor, "rows columns"], kind: Kind = "e4m3", per_row: bool = True
 ) -> tuple[Tensor, Float[Tensor, "rows|1 1"]]:
-    """Return (float8 codes, scale) with x near codes * scale; a scale a row, or one in all."""
+    """(float8 codes, scale) with x near codes * scale; a scale a row, or one in all."""
     x = x.float()
     top = x.abs().amax(1, keepdim=True) if per_row else x.abs().amax().view(1, 1)
     scale = torch.where(top > 0, (top / LARGEST[kind]).clamp(min=torch.finfo(torch.float32).tiny), 1.0)

@@ -52,7 +52,7 @@ class GPTQ(Uniform):
             )
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return codes, scales and zero points. Warns where the calibration inputs do not span the layer's."""
+        """Codes, scales and zero points. Warns where the calibration inputs do not span the layer's."""
         check_weight(weight, type(self).__name__)
         shape = (weight.shape[0], weight.shape[1])
         group = self.group_of(shape[1])
@@ -75,12 +75,12 @@ class GPTQ(Uniform):
         return stored
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return (code - zero) * scale, in the inputs' own order."""
+        """(code - zero) * scale, in the inputs' own order."""
         decoded = super().decode(stored, shape)
         return decoded if "order" not in stored else decoded[:, torch.argsort(stored["order"].int())]
 
     def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
-        """Return the grid, unless its codes are kept in another order than the inputs."""
+        """The grid, unless its codes are kept in another order than the inputs."""
         return None if "order" in stored else super().grids(stored, shape)
 
     def reencode(self, weight: Float[Tensor, "rows columns"], stored: Stored) -> Stored:
@@ -90,7 +90,7 @@ class GPTQ(Uniform):
         return super().reencode(weight[:, stored["order"].int()], stored) | {"order": stored["order"]}
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return the bits of `Uniform`, and of the order where it is kept."""
+        """The bits of `Uniform`, and of the order where it is kept."""
         kept = self.act_order and self.group is not None and not self.static_groups
         return super().bits_per_weight(shape) + (kept and (16 if shape[1] < 2**15 else 32) / shape[0])
 
@@ -120,12 +120,12 @@ class _Chooser:
         return torch.div(column, scale).round_().clamp_(low, high).mul_(scale)
 
     def grid(self) -> Grid:
-        """Return the chosen grids in the order of `Uniform.slices`: row by row."""
+        """The chosen grids in the order of `Uniform.slices`: row by row."""
         scale = torch.stack([grid.scale[:, 0] for grid in self.chosen], 1).view(-1, 1)
         zero = torch.stack([grid.zero[:, 0] for grid in self.chosen], 1).view(-1, 1)
         return Grid(scale, zero, self.chosen[0].low, self.chosen[0].high)
 
 
 def _part(scale: Tensor, zero: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (scale, lowest, highest whole multiple of it)."""
+    """(scale, lowest, highest whole multiple of it)."""
     return scale, low - zero, high - zero

@@ -30,11 +30,11 @@ class Grid:
     high: int
 
     def codes(self, x: Float[Tensor, "*slices members"]) -> Float[Tensor, "*slices members"]:
-        """Return the whole q of the nearest grid points, as floats."""
+        """The whole q of the nearest grid points, as floats."""
         return (x / self.scale).round_().add_(self.zero).clamp_(self.low, self.high)
 
     def values(self, codes: Float[Tensor, "*slices members"]) -> Float[Tensor, "*slices members"]:
-        """Return the grid points of codes."""
+        """The grid points of codes."""
         return (codes - self.zero) * self.scale
 
     def nearest(self, x: Float[Tensor, "*slices members"]) -> Float[Tensor, "*slices members"]:
@@ -49,7 +49,7 @@ def find_grid(
     clip: float | None = None,
     scale_dtype: torch.dtype = torch.float32,
 ) -> Grid:
-    """Return the grid of each slice (the last dimension).
+    """The grid of each slice (the last dimension).
 
     Args:
         x: the numbers.
@@ -81,7 +81,7 @@ def grid_of_range(
     symmetric: bool,
     scale_dtype: torch.dtype = torch.float32,
 ) -> Grid:
-    """Return the grids that span ranges. Raises `ValueError` for bits outside 2..8 and scales that overflow."""
+    """The grids that span ranges. Raises `ValueError` for bits outside 2..8 and scales that overflow."""
     if not 2 <= bits <= 8:
         raise ValueError(f"a grid has 2 to 8 bits, got {bits}")
     if symmetric:
@@ -123,12 +123,12 @@ class _StraightThrough(torch.autograd.Function):
 
 def fake_quantize(x: Float[Tensor, "..."], grid: Grid) -> Float[Tensor, "..."]:
     """Round to the grid in quantization-aware training: the straight-through gradient passes inside the range."""
-    out: Tensor = _StraightThrough.apply(x, grid.scale, grid.zero, grid.low, grid.high)
+    out: Tensor = _StraightThrough.apply(x, grid.scale, grid.zero, grid.low, grid.high)  # type: ignore[no-untyped-call]
     return out
 
 
 def ternary(weight: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, ""]]:
-    """Return (codes of -1, 0 and 1, scale): absmean rounding, gamma = mean|w|, q = clamp(round(w / gamma), -1, 1)."""
+    """(codes of -1, 0 and 1, scale): absmean rounding, gamma = mean|w|, q = clamp(round(w / gamma), -1, 1)."""
     gamma = weight.abs().mean().clamp(min=SMALLEST_SCALE)
     return torch.round(weight / gamma).clamp_(-1, 1), gamma
 

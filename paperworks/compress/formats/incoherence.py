@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def incoherence(weight: Float[Tensor, "rows columns"]) -> float:
-    """Return mu of a matrix: its largest magnitude over the root mean square; 1 is the least there is."""
+    """mu of a matrix: its largest magnitude over the root mean square; 1 is the least there is."""
     return float(weight.abs().max() / weight.square().mean().sqrt())
 
 
@@ -32,13 +32,13 @@ class KroneckerRotation:
         self.matrices = [random_orthogonal(size, draws) for size in self.sizes]
 
     def apply(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        """Return Q x."""
+        """Q x."""
         left, right = (matrix.to(x) for matrix in self.matrices)
         grid = x.index_select(-1, self.permutation.to(x.device)).reshape(-1, *self.sizes)
         return (left @ grid @ right.T).reshape(x.shape)
 
     def invert(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        """Return Q^T x."""
+        """Q^T x."""
         left, right = (matrix.to(x) for matrix in self.matrices)
         grid = x.reshape(-1, *self.sizes)
         return (left.T @ grid @ right).reshape(x.shape).index_select(-1, self.restored.to(x.device))
@@ -46,24 +46,25 @@ class KroneckerRotation:
 
 @lru_cache(maxsize=64)
 def kronecker_rotation(width: int, seed: int) -> KroneckerRotation:
-    """Return the rotation of a width and a seed, made once."""
+    """The rotation of a width and a seed, made once."""
     return KroneckerRotation(width, seed)
 
 
 def near_square(width: int) -> tuple[int, int]:
-    """Return p <= q with p q = width, as near to each other as can be; (1, width) for a prime."""
+    """p <= q with p q = width, as near to each other as can be; (1, width) for a prime."""
     small = next(size for size in range(math.isqrt(width), 0, -1) if width % size == 0)
     return small, width // small
 
 
 def random_orthogonal(size: int, draws: torch.Generator) -> Float[Tensor, "size size"]:
-    """Return an orthogonal matrix, uniform over all of them, float64."""
+    """An orthogonal matrix, uniform over all of them, float64."""
     matrix, triangle = torch.linalg.qr(torch.randn(size, size, generator=draws, dtype=torch.float64))
-    return matrix * triangle.diagonal().sign()  # without the signs neither uniform nor the same on all machines
+    out: Tensor = matrix * triangle.diagonal().sign()  # without the signs neither uniform nor the same on all machines
+    return out
 
 
 def damped(moment: Float[Tensor, "columns columns"], damping: float) -> Float[Tensor, "columns columns"]:
-    """Return H scaled to mean diagonal 1, plus `damping` on the diagonal; the identity where no input was ever seen."""
+    """H scaled to mean diagonal 1, plus `damping` on the diagonal; the identity where no input was ever seen."""
     scale = moment.diagonal().mean()
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return moment / scale + damping * eye if scale > 0 else eye
@@ -72,7 +73,7 @@ def damped(moment: Float[Tensor, "columns columns"], damping: float) -> Float[Te
 def balancing_scales(
     weight: Float[Tensor, "rows columns"], moment: Float[Tensor, "columns columns"]
 ) -> Float[Tensor, " columns"]:
-    """Return D = (diag H / diag W^T W)^(1/4), for W D and D^-1 H D^-1, rounded to float16 as it will be stored.
+    """D = (diag H / diag W^T W)^(1/4), for W D and D^-1 H D^-1, rounded to float16 as it will be stored.
 
     It shares the spread of magnitudes between the two. Its overall size cancels against the scale of the grid, so it is
     divided by its geometric mean and kept within what float16 holds to three digits.

@@ -46,7 +46,7 @@ class KBit(WeightFormat):
             raise ValueError(f"KBit.block must be at least 2, or None for the whole matrix, got {self.block}")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return packed codes, the blocks' constants and, for quantiles, the codebook."""
+        """Packed codes, the blocks' constants and, for quantiles, the codebook."""
         check_weight(weight, "KBit")
         blocks = blocks_of(weight, self.block or weight.numel())
         scales = blocks.abs().amax(1).to(torch.float16)
@@ -60,7 +60,7 @@ class KBit(WeightFormat):
         return {"codes": pack_codes(codes.flatten()[None, : weight.numel()], self.bits)[0]} | stored
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return codebook[code] * constant."""
+        """codebook[code] * constant."""
         count = shape[0] * shape[1]
         codes = unpack_codes(stored["codes"][None], self.bits, count)[0]
         values = self._values(stored)[codes.int()]
@@ -68,7 +68,7 @@ class KBit(WeightFormat):
         return (blocks * stored["scales"].float()[:, None]).flatten()[:count].view(shape)
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return codes, constants and codebook over weights."""
+        """Codes, constants and codebook over weights."""
         count = shape[0] * shape[1]
         blocks = -(-count // (self.block or count))
         book = 2 * 2**self.bits if self.kind == "quantile" else 0
@@ -82,16 +82,19 @@ class KBit(WeightFormat):
 
 @cache
 def codebook(kind: DataType, bits: int) -> Float[Tensor, " values"]:
-    """Return the ascending values in [-1, 1] of a data type that does not depend on the weights."""
+    """The ascending values in [-1, 1] of a data type that does not depend on the weights."""
     if kind == "int":
         top = 2 ** (bits - 1) - 1
-        return torch.arange(-top, top + 1) / top  # zero exactly
+        steps: Tensor = torch.arange(-top, top + 1) / top  # zero exactly
+        return steps
     positive = _float_values(bits) if kind == "float" else _dynamic_values(bits)
-    return torch.cat((-positive, positive, torch.tensor([0.0] + ([1.0] if kind == "dynamic" else [])))).unique()
+    edges = torch.tensor([0.0, 1.0] if kind == "dynamic" else [0.0])
+    values: Tensor = torch.cat((-positive, positive, edges)).unique()
+    return values
 
 
 def _float_values(bits: int) -> Float[Tensor, " values"]:
-    """Return the positive values of sign, exponent and mantissa bits, subnormals included, over the largest."""
+    """The positive values of sign, exponent and mantissa bits, subnormals included, over the largest."""
     exponent_bits = 2 if bits <= 4 else 3
     mantissa_bits = bits - 1 - exponent_bits
     bias = 2 ** (exponent_bits - 1)
@@ -105,7 +108,7 @@ def _float_values(bits: int) -> Float[Tensor, " values"]:
 
 
 def _dynamic_values(bits: int) -> Float[Tensor, " values"]:
-    """Return the positive values of the dynamic exponent type but 1: decades, finer where larger."""
+    """The positive values of the dynamic exponent type but 1: decades, finer where larger."""
     parts = []
     for decade in range(bits - 1):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
@@ -114,7 +117,7 @@ def _dynamic_values(bits: int) -> Float[Tensor, " values"]:
 
 
 def quantiles(values: Float[Tensor, " count"], bits: int) -> Float[Tensor, " values"]:
-    """Return q_i = (Q(i/(2^k + 1)) + Q((i + 1)/(2^k + 1))) / 2 for i = 0 .. 2^k - 1, over the largest magnitude."""
+    """q_i = (Q(i/(2^k + 1)) + Q((i + 1)/(2^k + 1))) / 2 for i = 0 .. 2^k - 1, over the largest magnitude."""
     ordered = values.float().sort().values
     places = torch.arange(2**bits + 1, device=values.device) / (2**bits + 1) * (len(ordered) - 1)
     below = places.floor().long()

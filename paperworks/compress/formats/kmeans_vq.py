@@ -82,7 +82,7 @@ class KMeansVQ(WeightFormat):
         return (codes + 16 * self.codes * self.group) / (rows * columns)
 
     def pack(self, codes: Int[Tensor, "rows groups 1"]) -> Tensor:
-        """Return `codes` as they are stored."""
+        """`codes` as they are stored."""
         return pack_codes(codes[..., 0], self.bits)
 
     def unpack(self, packed: Tensor, shape: tuple[int, int]) -> Int[Tensor, "rows groups 1"]:

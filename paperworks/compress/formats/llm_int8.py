@@ -48,7 +48,7 @@ class LLMInt8(Int8):
             raise ValueError(f"LLMInt8.outliers must be 'int8' or 'float16', got {self.outliers!r}")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return codes and scales, and the weights of the columns whose inputs were outliers in calibration."""
+        """Codes and scales, and the weights of the columns whose inputs were outliers in calibration."""
         stored = super().encode(weight)
         if self.outliers == "float16":
             loudest = self.learned(statistics).required("absolute_max").to(weight.device)
@@ -56,7 +56,7 @@ class LLMInt8(Int8):
         return stored
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return code * scale, and the kept columns as they are."""
+        """Code * scale, and the kept columns as they are."""
         decoded = super().decode(stored, shape)
         if "kept" in stored:
             decoded[:, stored["kept_columns"].long()] = stored["kept"].float()
@@ -87,7 +87,7 @@ class LLMInt8(Int8):
         return out.to(x.dtype).view(*x.shape[:-1], shape[0])
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return the bits of codes and scales; each kept column adds 16 a row and 32, and only data tell how many."""
+        """The bits of codes and scales; each kept column adds 16 a row and 32, and only data tell how many."""
         return super().bits_per_weight(shape)
 
 
@@ -99,14 +99,14 @@ def _kept(weight: Tensor, columns: Int[Tensor, " outliers"]) -> Stored:
 
 
 def outlier_columns(x: Float[Tensor, "tokens columns"], threshold: float = 6.0) -> Bool[Tensor, " columns"]:
-    """Return which inputs reach the threshold in some token."""
+    """Which inputs reach the threshold in some token."""
     return (x.abs() >= threshold).any(0)
 
 
 def emergent_features(
     hidden: Float[Tensor, "layers tokens features"], threshold: float = 6.0
 ) -> Bool[Tensor, " features"]:
-    """Return the outlier features of Section 4: |x| >= 6 in at least 25% of layers and 6% of sequence positions.
+    """The outlier features of Section 4: |x| >= 6 in at least 25% of layers and 6% of sequence positions.
 
     A position counts where the feature is large in any layer, a layer where it is large at any position.
     """

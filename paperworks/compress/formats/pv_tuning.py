@@ -43,14 +43,14 @@ class GroupFormat(Protocol):
         """See `WeightFormat`."""
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Return the codes (rows, groups, any) as they are stored."""
+        """The codes (rows, groups, any) as they are stored."""
 
     def unpack(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
         """Undo `pack`."""
 
 
 def largest_groups(step: Float[Tensor, "rows columns"], group: int, share: float) -> Bool[Tensor, "rows groups"]:
-    """Return which groups move farthest: ceil(share x groups) of them."""
+    """Which groups move farthest: ceil(share x groups) of them."""
     lengths = step.reshape(len(step), -1, group).square().sum(-1)
     count = math.ceil(share * lengths.numel())
     chosen = torch.zeros(lengths.numel(), dtype=torch.bool, device=step.device)
@@ -114,7 +114,7 @@ class TunableLinear(nn.Module):
         return F.linear(x, weight.to(x.dtype), self.bias)
 
     def compressed(self) -> CompressedLinear:
-        """Return the layer this was made of, with what was learned in the types it stores."""
+        """The layer this was made of, with what was learned in the types it stores."""
         layer = self.layer[0]
         with torch.no_grad():
             for name, tensor in self.stored.items():
@@ -193,9 +193,10 @@ class PVTuning(torch.optim.Adam):
         return loss
 
     def _latent(self, layer: TunableLinear) -> Tensor:
-        """Return the weight that gathers the steps; at first the decoded one."""
+        """The weight that gathers the steps; at first the decoded one."""
         state = self.state[layer.probe]
-        return state["latent"] if "latent" in state else layer.format.decode(layer.stored, layer.shape)
+        out: Tensor = state["latent"] if "latent" in state else layer.format.decode(layer.stored, layer.shape)
+        return out
 
     def _move_codes(self, layer: TunableLinear, latent: Tensor | None) -> None:
         stored = layer.stored
@@ -216,5 +217,6 @@ class PVTuning(torch.optim.Adam):
 
 
 def _sized(step: Tensor, weight: Tensor, rate: float) -> Tensor:
-    """Return the step with length rate x ||weight||."""
-    return step * (rate * weight.norm() / step.norm().clamp(min=1e-30))
+    """The step with length rate x ||weight||."""
+    out: Tensor = step * (rate * weight.norm() / step.norm().clamp(min=1e-30))
+    return out

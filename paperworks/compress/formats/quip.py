@@ -110,10 +110,11 @@ class QuIP(WeightFormat):
 
     @property
     def _top(self) -> int:
-        return 2**self.bits - 1
+        out: int = 2**self.bits - 1
+        return out
 
     def _turn(self, weight: Tensor, stored: Stored) -> Tensor:
-        """Return U W D V^T."""
+        """U W D V^T."""
         if not self.processing:
             return weight
         seed = int(stored["seed"])
@@ -121,7 +122,7 @@ class QuIP(WeightFormat):
         return kronecker_rotation(weight.shape[0], seed + 1).apply(weight.T).T
 
     def _on_grid(self, turned: Tensor, stored: Stored) -> Tensor:
-        """Return numbers of which the whole ones between 0 and 2^bits - 1 can be stored."""
+        """Numbers of which the whole ones between 0 and 2^bits - 1 can be stored."""
         return self._top / 2 * (turned / stored["scale"].to(turned.dtype) + 1)
 
     def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ class QuIP(WeightFormat):
         return codes, codes
 
     def _round(self, weight: Tensor, moment: Tensor) -> Tensor:
-        """Return the codes of numbers on the grid."""
+        """The codes of numbers on the grid."""
         if self.rounding == "nearest":
             return self._nearest(weight)[1].long()
         if self.rounding == "ldlq":

@@ -106,7 +106,7 @@ class QuIPSharp(WeightFormat):
         return (self.bits * rows * columns + signs + 32) / (rows * columns)
 
     def _turn(self, weight: Tensor, stored: Stored) -> Tensor:
-        """Return Q_m S_U W S_V Q_n^T; signs that were trained are divided out."""
+        """Q_m S_U W S_V Q_n^T; signs that were trained are divided out."""
         weight = hadamard.transform(weight / self._signs(stored, "signs_in", weight.shape[1]))
         return hadamard.transform(weight.T / self._signs(stored, "signs_out", weight.shape[0])).T
 

@@ -34,7 +34,7 @@ class W8A8(WeightFormat):
     needs: ClassVar[Any] = property(lambda self: ("absolute_max",) if self.activations == "static" else ())
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return int8 codes, float32 scales, and with static activations their one scale."""
+        """int8 codes, float32 scales, and with static activations their one scale."""
         check_weight(weight, type(self).__name__)
         weight = weight.detach().float()
         channel = self.channel_scales(weight, statistics)
@@ -48,11 +48,11 @@ class W8A8(WeightFormat):
         return stored
 
     def channel_scales(self, weight: Tensor, statistics: Statistics | None) -> Float[Tensor, " columns"] | None:
-        """Return what the inputs are divided by and the weight's columns multiplied with; None for nothing."""
+        """What the inputs are divided by and the weight's columns multiplied with; None for nothing."""
         return None
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return the weight that the unrounded inputs are multiplied by."""
+        """The weight that the unrounded inputs are multiplied by."""
         weight = stored["codes"].float() * stored["scales"][:, None]
         return weight / stored["channel_scales"] if "channel_scales" in stored else weight
 
@@ -105,7 +105,7 @@ class SmoothQuant(W8A8):
             raise ValueError(f"SmoothQuant.alpha must be between 0 and 1, got {self.alpha}")
 
     def channel_scales(self, weight: Tensor, statistics: Statistics | None) -> Float[Tensor, " columns"]:
-        """Return s."""
+        """The scale s of each input."""
         top = self.learned(statistics).required("absolute_max").to(weight.device)
         return smoothing_scales(top, weight.abs().amax(0), self.alpha)
 
@@ -113,7 +113,7 @@ class SmoothQuant(W8A8):
 def smoothing_scales(
     inputs: Float[Tensor, " columns"], weights: Float[Tensor, " columns"], alpha: float
 ) -> Float[Tensor, " columns"]:
-    """Return s_j = inputs_j^alpha / weights_j^(1 - alpha) of the largest magnitudes; at least 1e-5, as in the code.
+    """s_j = inputs_j^alpha / weights_j^(1 - alpha) of the largest magnitudes; at least 1e-5, as in the code.
 
     For layers that share the norm into which s is folded, `weights` is the largest over all of them.
     """

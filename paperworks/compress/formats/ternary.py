@@ -44,7 +44,7 @@ class Ternary(WeightFormat):
             raise ValueError(f"Ternary.norm is an eps of 0 or more, or None for no norm, got {self.norm}")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return packed signs and the scale. Raises `ValueError` for what is not a finite matrix."""
+        """Packed signs and the scale. Raises `ValueError` for what is not a finite matrix."""
         check_weight(weight, "Ternary")
         signs, scale = _signs_and_scale(weight.detach().float())
         whole = signs.to(torch.int8)
@@ -52,7 +52,7 @@ class Ternary(WeightFormat):
         return {"codes": codes, "scale": scale.reshape(1)}
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return signs * scale."""
+        """Signs * scale."""
         return self.signs(stored, shape) * stored["scale"]
 
     def prepare(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... columns"]:
@@ -62,7 +62,7 @@ class Ternary(WeightFormat):
     def multiply(
         self, x: Float[Tensor, "... columns"], stored: Stored, shape: tuple[int, int]
     ) -> Float[Tensor, "... rows"]:
-        """Return the integer product times the inputs' steps and the scale."""
+        """The integer product times the inputs' steps and the scale."""
         if not self.activations:
             return super().multiply(x, stored, shape)
         wide = x if x.dtype == torch.float64 else x.float()
@@ -71,20 +71,20 @@ class Ternary(WeightFormat):
         return (product * step * stored["scale"]).to(x.dtype).view(*x.shape[:-1], shape[0])
 
     def signs(self, stored: Stored, shape: tuple[int, int]) -> Int8[Tensor, "rows columns"]:
-        """Return the weights as integers -1, 0 and 1."""
+        """The weights as integers -1, 0 and 1."""
         if self.packing == "digits":
             return unpack(stored["codes"], shape[1])
         return unpack_codes(stored["codes"], 2, shape[1]).to(torch.int8) - 1
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return codes and scale over weights."""
+        """Codes and scale over weights."""
         rows, columns = shape
         row = -(-columns // 5) if self.packing == "digits" else packed_bytes(columns, 2)
         return 8 * (rows * row + 4) / (rows * columns)
 
 
 def _signs_and_scale(weight: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, ""]]:
-    """Return signs and scale; of a matrix with one magnitude besides zero, this magnitude."""
+    """Signs and scale; of a matrix with one magnitude besides zero, this magnitude."""
     magnitudes = weight.abs()
     top = magnitudes.max() if weight.numel() else weight.new_zeros(())
     if bool(top > 0) and not bool(((magnitudes > 0) & (magnitudes < (1 - _SAME) * top)).any()):

@@ -62,20 +62,20 @@ class Uniform(WeightFormat):
             raise ValueError(f"{name}.clip is the exponent of an error, such as 2.0, got {self.clip}")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return the packed codes, the scales and (asymmetric) the packed zero points."""
+        """The packed codes, the scales and (asymmetric) the packed zero points."""
         check_weight(weight, type(self).__name__)
         slices = self.slices(weight.detach().float())
         grid = self.grid(slices)
         return self.store(grid.codes(slices), grid, (weight.shape[0], weight.shape[1]))
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return (code - zero) * scale."""
+        """(code - zero) * scale."""
         slices = self.slices(self.unpack(stored["codes"], shape[1]))
         centred = slices.float() - self._zeros(stored, len(slices))
         return self._matrix(centred * stored["scales"].float()[:, None], shape).contiguous()
 
     def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
-        """Return the grid itself, if it has at most four bits and its scales belong to rows."""
+        """The grid itself, if it has at most four bits and its scales belong to rows."""
         if self.bits > 4 or self.granularity != "row":
             return None
         codes = self.unpack(stored["codes"], shape[1])
@@ -111,7 +111,7 @@ class Uniform(WeightFormat):
         return matrix.reshape(-1, self.group_of(matrix.shape[1]))
 
     def group_of(self, columns: int) -> int:
-        """Return the group for a row of so many inputs. Raises `ValueError` if it does not divide it."""
+        """The group for a row of so many inputs. Raises `ValueError` if it does not divide it."""
         if self.group is None or columns == 0:
             return max(columns, 1)
         if columns % self.group:
@@ -123,11 +123,11 @@ class Uniform(WeightFormat):
         return self.group
 
     def grid(self, slices: Float[Tensor, "slices members"]) -> Grid:
-        """Return the grids of slices, their scales rounded to what is stored."""
+        """The grids of slices, their scales rounded to what is stored."""
         return find_grid(slices, self.bits, self.symmetric, self.clip, getattr(torch, self.scale_dtype))
 
     def store(self, codes: Float[Tensor, "slices members"], grid: Grid, shape: tuple[int, int]) -> Stored:
-        """Return the stored tensors of codes chosen on grids."""
+        """The stored tensors of codes chosen on grids."""
         matrix = self._matrix(codes, shape)
         stored: Stored = {
             "codes": self.pack(matrix, grid.low),
@@ -138,15 +138,15 @@ class Uniform(WeightFormat):
         return stored
 
     def pack(self, codes: Float[Tensor, "rows columns"], low: int) -> Int[Tensor, "rows bytes"]:
-        """Return the stored form of codes, of which `low` is the lowest possible."""
+        """The stored form of codes, of which `low` is the lowest possible."""
         return pack_codes((codes - low).to(torch.uint8), self.bits)
 
     def unpack(self, packed: Int[Tensor, "rows bytes"], columns: int) -> Int[Tensor, "rows columns"]:
-        """Return stored codes, counted from the lowest."""
+        """Stored codes, counted from the lowest."""
         return unpack_codes(packed, self.bits, columns)
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return codes, scales and zero points over weights, without encoding anything."""
+        """Codes, scales and zero points over weights, without encoding anything."""
         rows, columns = shape
         slices = {"tensor": 1, "column": columns, "row": rows * columns // self.group_of(columns)}[self.granularity]
         scale = 2 if self.scale_dtype == "float16" else 4
@@ -157,7 +157,7 @@ class Uniform(WeightFormat):
         return slices.t() if self.granularity == "column" else slices.reshape(shape)
 
     def _zeros(self, stored: Stored, slices: int) -> Tensor | float:
-        """Return what to subtract from codes counted from the lowest."""
+        """What to subtract from codes counted from the lowest."""
         if self.symmetric:
             return float(2 ** (self.bits - 1) - 1)
         return unpack_codes(stored["zeros"][None], self.bits, slices)[0].float()[:, None]
@@ -181,11 +181,11 @@ class Int8(Uniform):
             )
 
     def pack(self, codes: Float[Tensor, "rows columns"], low: int) -> Int[Tensor, "rows columns"]:
-        """Return the codes as torch.int8."""
+        """The codes as torch.int8."""
         return codes.to(torch.int8).contiguous()
 
     def unpack(self, packed: Int[Tensor, "rows columns"], columns: int) -> Int[Tensor, "rows columns"]:
-        """Return the codes as they are: zero is zero."""
+        """The codes as they are: zero is zero."""
         return packed
 
     def _zeros(self, stored: Stored, slices: int) -> Tensor | float:

@@ -67,7 +67,7 @@ def decode(
 
 
 def _aligned(raw: Tensor) -> Tensor:
-    """Return contiguous bytes that begin on an 8-byte address, which viewing them as wider numbers needs."""
+    """Contiguous bytes that begin on an 8-byte address, which viewing them as wider numbers needs."""
     raw = raw.contiguous()
     return raw if raw.data_ptr() % 8 == 0 and raw.storage_offset() % 8 == 0 else raw.clone()
 
@@ -153,7 +153,7 @@ def _q5_1(blocks: Tensor, out: Tensor) -> None:
 
 
 def four_bit_parts(raw: UInt8[Tensor, "rows bytes"], type: str) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return (codes 0..15, scales, minima) of rows of which x = scale code + minimum in groups of 32; else None.
+    """(codes 0..15, scales, minima) of rows of which x = scale code + minimum in groups of 32; else None.
 
     Codes are (rows, values), the others (rows, values / 32).
     """

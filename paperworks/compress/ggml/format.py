@@ -35,7 +35,7 @@ class GGML(WeightFormat):
                 raise ValueError(unknown("ggml type", name, ggml.BLOCKS))
 
     def kind_for(self, columns: int) -> str:
-        """Return the block format of a matrix with rows of so many values. Raises `ValueError` if none fits."""
+        """The block format of a matrix with rows of so many values. Raises `ValueError` if none fits."""
         values = ggml.BLOCKS[self.kind].values
         if columns % values == 0:
             return self.kind
@@ -45,20 +45,20 @@ class GGML(WeightFormat):
         raise ValueError(f"{self.kind} needs rows of a multiple of {values} values, got {columns}{advice}")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return the raw blocks (rows, bytes a row)."""
+        """The raw blocks (rows, bytes a row)."""
         check_weight(weight, f"GGML(kind={self.kind!r})")
         return {"blocks": ggml.encode(weight.detach().float(), self.kind_for(weight.shape[1]))}
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return the weight."""
+        """The weight."""
         return ggml.decode(stored["blocks"], self.kind_for(shape[1])).view(shape)
 
     def decode_as(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-        """Return the weight in `dtype`, rounded once, piece by piece."""
+        """The weight in `dtype`, rounded once, piece by piece."""
         return ggml.decode(stored["blocks"], self.kind_for(shape[1]), dtype=dtype).view(shape)
 
     def grids(self, stored: Stored, shape: tuple[int, int]) -> Grids | None:
-        """Return the grid of Q4_0, Q4_1 and Q4_K blocks."""
+        """The grid of Q4_0, Q4_1 and Q4_K blocks."""
         parts = ggml.four_bit_parts(stored["blocks"], self.kind_for(shape[1]))
         if parts is None:
             return None
@@ -66,5 +66,5 @@ class GGML(WeightFormat):
         return Grids(codes[None], scales[None], (minima + 8 * scales)[None])
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return the block's bytes over its values, in bits."""
+        """The block's bytes over its values, in bits."""
         return ggml.BLOCKS[self.kind_for(shape[1])].bits_per_value

@@ -58,7 +58,7 @@ def _q4_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def q4_k_parts(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codes (blocks, 256), and for each 32 of them the scale and what is added: x = scale code + minimum."""
+    """The codes (blocks, 256), and for each 32 of them the scale and what is added: x = scale code + minimum."""
     scales, minima = _six_bit_scales(blocks[:, 4:16])
     codes = _shifted(blocks[:, 16:144].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 256)
     return codes, _half(blocks[:, 0:2]) * scales, -_half(blocks[:, 2:4]) * minima

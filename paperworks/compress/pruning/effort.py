@@ -49,7 +49,7 @@ class Effort(WeightFormat):
             raise ValueError(f"Effort.bucket must be 2 to 16, got {self.bucket}")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return slices (bucket, inputs, buckets), positions in their buckets, slice means and probes."""
+        """Slices (bucket, inputs, buckets), positions in their buckets, slice means and probes."""
         check_weight(weight, "Effort")
         rows, columns = weight.shape
         if rows % (2 * self.bucket):
@@ -70,13 +70,13 @@ class Effort(WeightFormat):
         }
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return every weight in its place."""
+        """Every weight in its place."""
         slices = stored["slices"].float().permute(1, 2, 0)
         sorted_back = torch.zeros_like(slices).scatter_(-1, _positions(stored).permute(1, 2, 0), slices)
         return sorted_back.reshape(shape[1], shape[0]).t().contiguous()
 
     def chosen(self, v: Float[Tensor, "tokens columns"], stored: Stored) -> Bool[Tensor, "tokens slices columns"]:
-        """Return which slices each token multiplies."""
+        """Which slices each token multiplies."""
         magnitude = v.float().abs()
         probes = (magnitude * stored["probes"]).sort(-1, descending=True).values
         rank = min(int(self.effort * v.shape[-1]), v.shape[-1] - 1)
@@ -85,7 +85,7 @@ class Effort(WeightFormat):
     def multiply(
         self, x: Float[Tensor, "... columns"], stored: Stored, shape: tuple[int, int]
     ) -> Float[Tensor, "... rows"]:
-        """Return x W^T, of which only the chosen slices are computed."""
+        """x W^T, of which only the chosen slices are computed."""
         if self.effort == 1:
             return super().multiply(x, stored, shape)
         tokens = x.reshape(-1, shape[1])

@@ -22,7 +22,7 @@ _HALVINGS = 60  # of the interval that holds the threshold: more than float64 te
 
 
 def soft_top_k(scores: Float[Tensor, " units"], k: int, temperature: float) -> Float[Tensor, " units"]:
-    """Return m = sigmoid((scores - t) / temperature), t such that the m sum to k; at temperature 0 the k highest are 1.
+    """m = sigmoid((scores - t) / temperature), t such that the m sum to k; at temperature 0 the k highest are 1.
 
     This is the mask of sum k that maximizes scores . m + temperature * entropy(m); its gradient,
     dm_i / ds_j = m'_i (1(i = j) - m'_j / sum m') with m' = m (1 - m) / temperature, passes through t.
@@ -55,7 +55,7 @@ def soft_top_k(scores: Float[Tensor, " units"], k: int, temperature: float) -> F
 
 
 def annealed(step: int, steps: int, start: float = 1.0, end: float = 0.01) -> float:
-    """Return the temperature at `step` of `steps`: from start to end by equal factors, 0 from the last step on."""
+    """The temperature at `step` of `steps`: from start to end by equal factors, 0 from the last step on."""
     return 0.0 if step >= steps else start * (end / start) ** (step / steps)
 
 
@@ -72,11 +72,11 @@ class SoftTopKMask(nn.Module):
         return f"{self.k} of {len(self.scores)}, temperature={self.temperature}"
 
     def mask(self) -> Float[Tensor, " units"]:
-        """Return what the units are multiplied by."""
+        """What the units are multiplied by."""
         return soft_top_k(self.scores, self.k, self.temperature)
 
     def kept(self) -> Int[Tensor, " kept"]:
-        """Return the indices of the k highest scores, ascending."""
+        """The indices of the k highest scores, ascending."""
         return self.scores.detach().topk(self.k).indices.sort().values
 
     def forward(self, hidden: Float[Tensor, "batch time units"]) -> Float[Tensor, "batch time units"]:
@@ -117,5 +117,5 @@ def set_temperature(masks: Mapping[str, SoftTopKMask] | Iterable[SoftTopKMask], 
 
 
 def kept_units(masks: Mapping[str, SoftTopKMask]) -> dict[str, Int[Tensor, " kept"]]:
-    """Return the units that each mask keeps, by path: what `models.pruning.keep_hidden_units` cuts a model down to."""
+    """The units that each mask keeps, by path: what `models.pruning.keep_hidden_units` cuts a model down to."""
     return {path: mask.kept() for path, mask in masks.items()}

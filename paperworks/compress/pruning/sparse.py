@@ -63,7 +63,7 @@ class Sparse(WeightFormat):
             )
 
     def kept(self, shape: tuple[int, int]) -> int:
-        """Return how many weights of a matrix of this shape are kept."""
+        """How many weights of a matrix of this shape are kept."""
         if self.pattern is not None:
             zeros, of = self.zeros_of
             return prod(shape) // of * (of - zeros)
@@ -72,11 +72,11 @@ class Sparse(WeightFormat):
     def choose(
         self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None
     ) -> tuple[Float[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
-        """Return the weight, corrected or as it is, and True where it is kept."""
+        """The weight, corrected or as it is, and True where it is kept."""
         raise NotImplementedError(f"{type(self).__name__} does not say which weights it keeps")
 
     def encode(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None = None) -> Stored:
-        """Return the mask, eight weights a byte, and the kept values in row-major order."""
+        """The mask, eight weights a byte, and the kept values in row-major order."""
         check_weight(weight, type(self).__name__)
         self.check_columns(weight.shape[1])
         chosen, mask = self.choose(weight.detach().float(), statistics)
@@ -89,7 +89,7 @@ class Sparse(WeightFormat):
         return {"mask": pack_codes(mask.to(torch.uint8), 1), "kept": kept}
 
     def decode(self, stored: Stored, shape: tuple[int, int]) -> Float[Tensor, "rows columns"]:
-        """Return the kept values in their places, and zeros."""
+        """The kept values in their places, and zeros."""
         mask = unpack_codes(stored["mask"], 1, shape[1]).view(shape).bool()
         return torch.zeros(shape, device=mask.device).masked_scatter(mask, stored["kept"].float())
 
@@ -99,14 +99,14 @@ class Sparse(WeightFormat):
         return self._store(weight.detach().float(), mask, stored["kept"].dtype)
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Return a bit for the mask, rows filled up to bytes, and the kept values (float32 if `values` is None)."""
+        """A bit for the mask, rows filled up to bytes, and the kept values (float32 if `values` is None)."""
         self.check_columns(shape[1])
         size = _DTYPES[self.values or "float32"].itemsize
         return 8 * (shape[0] * -(-shape[1] // 8) + self.kept(shape) * size) / prod(shape)
 
 
 def smallest(scores: Float[Tensor, "groups values"], count: int) -> Bool[Tensor, "groups values"]:
-    """Return True for the `count` smallest scores of each row, exactly so many also where scores are equal."""
+    """True for the `count` smallest scores of each row, exactly so many also where scores are equal."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     if count == 0:
         return chosen
@@ -114,7 +114,7 @@ def smallest(scores: Float[Tensor, "groups values"], count: int) -> Bool[Tensor,
 
 
 def pattern_zeros(scores: Float[Tensor, "rows columns"], zeros: int, of: int) -> Bool[Tensor, "rows columns"]:
-    """Return True for the `zeros` smallest of every `of` scores along a row."""
+    """True for the `zeros` smallest of every `of` scores along a row."""
     return smallest(scores.reshape(-1, of), zeros).view(scores.shape)
 
 
@@ -123,7 +123,7 @@ class Magnitude(Sparse):
     """Keep the largest weights of the whole matrix, or of every m by the pattern: the baseline of all others."""
 
     def choose(self, weight: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
-        """Return the weight as it is and what is kept of it."""
+        """The weight as it is and what is kept of it."""
         scores = weight.abs()
         if self.pattern is not None:
             return weight, ~pattern_zeros(scores, *self.zeros_of)
@@ -140,7 +140,7 @@ class Wanda(Sparse):
     needs: ClassVar[tuple[str, ...]] = ("second_moment",)
 
     def choose(self, weight: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
-        """Return the weight as it is and what is kept of it."""
+        """The weight as it is and what is kept of it."""
         moment = self.learned(statistics).required("second_moment")
         scores = weight.abs() * moment.diagonal().clamp(min=0).sqrt().to(weight.device)
         if self.pattern is not None:
@@ -148,7 +148,7 @@ class Wanda(Sparse):
         return weight, ~smallest(scores, int(weight.shape[1] * self.sparsity))
 
     def kept(self, shape: tuple[int, int]) -> int:
-        """Return how many weights of a matrix of this shape are kept: the same number in each row."""
+        """How many weights of a matrix of this shape are kept: the same number in each row."""
         return (
             super().kept(shape) if self.pattern is not None else shape[0] * (shape[1] - int(shape[1] * self.sparsity))
         )

@@ -38,7 +38,7 @@ class SparseGPT(Sparse):
             raise ValueError(f"SparseGPT.block must be at least 1, got {self.block}")
 
     def choose(self, weight: Float[Tensor, "rows columns"], statistics: Statistics | None) -> tuple[Tensor, Tensor]:
-        """Return the corrected weight and what is kept of it."""
+        """The corrected weight and what is kept of it."""
         moment = self.learned(statistics).required("second_moment").to(weight.device)
         dead = moment.diagonal() == 0
         weight = torch.where(dead, 0.0, weight)  # inputs that are always zero: their weights say nothing
@@ -64,7 +64,7 @@ class SparseGPT(Sparse):
         return result, ~pruned.t().contiguous()
 
     def kept(self, shape: tuple[int, int]) -> int:
-        """Return how many weights of a matrix of this shape are kept."""
+        """How many weights of a matrix of this shape are kept."""
         if self.pattern is not None or not self.sparsity:
             return super().kept(shape)
         rows, columns = shape

@@ -33,14 +33,14 @@ def cache_folder() -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """Return the asset's path if it is in the cache, verified; never downloads."""
+    """The asset's path if it is in the cache, verified; never downloads."""
     asset = _asset(name)
     folder = _folder(asset)
     return _result(asset, folder) if all(_is_verified(folder / file.name, file) for file in asset.files) else None
 
 
 def fetch(name: str) -> Path:
-    """Return the path of an asset's file (or of its folder, if it has several files), verified by SHA-256.
+    """The path of an asset's file (or of its folder, if it has several files), verified by SHA-256.
 
     Set PAPERWORKS_OFFLINE=1 to forbid downloads.
 
@@ -63,7 +63,7 @@ def fetch(name: str) -> Path:
 
 
 def fetch_from_hub(name: str) -> Path:
-    """Return the folder of a hub model "org/name", downloading it if need be.
+    """The folder of a hub model "org/name", downloading it if need be.
 
     Raises:
         AssetUnavailable: when it cannot be had from here; says why.

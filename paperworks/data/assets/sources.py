@@ -98,7 +98,7 @@ def from_hub(asset: Asset) -> list[Path] | str:
 
 
 def hub_problem() -> str | None:
-    """Return why the hub cannot be used from here, or None if it can."""
+    """Why the hub cannot be used from here, or None if it can."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return "huggingface_hub is not installed (pip install paperworks[hub])"
     from huggingface_hub import constants

@@ -62,7 +62,7 @@ def spending(budget: Budget) -> Iterator[Budget]:
 
 
 def current() -> Budget:
-    """Return the budget of the rendering under way."""
+    """The budget of the rendering under way."""
     return _budget.get() or Budget(WORK)
 
 

@@ -219,7 +219,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012  (the attribute jinja2 reads)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return the body, with names of its own as in transformers."""
+        """The body, with names of its own as in transformers."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
@@ -317,7 +317,8 @@ def _tojson(
 def _join(eval_ctx: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
     parts = list(counted(value))
     allow(weight(parts) + weight(d) * len(parts))
-    return do_join(eval_ctx, parts, d, attribute)
+    out: str = do_join(eval_ctx, parts, d, attribute)
+    return out
 
 
 def _allow_replacement(text: Any, old: Any = "", new: Any = "") -> None:
@@ -354,4 +355,5 @@ def _formatted(template: str, values: Any) -> str:
     if _WIDE.search(template):
         raise SecurityError("a format with a computed or very large width is not for templates")
     allow(len(template) + template.count("%") * (1000 + weight(values)))
-    return template % values
+    out: str = template % values
+    return out

@@ -19,7 +19,7 @@ class Corrupted(NamedTuple):
 def random_spans(
     length: int, *, share: float = 0.15, mean_span: float = 3.0, generator: torch.Generator | None = None
 ) -> Bool[Tensor, " length"]:
-    """Return which tokens are lost: round(length * share) of them, in spans of `mean_span` on average.
+    """Which tokens are lost: round(length * share) of them, in spans of `mean_span` on average.
 
     Kept and lost stretches are random partitions of their tokens into as many parts, in turn, kept ones first.
 
@@ -72,7 +72,7 @@ def corrupt_spans(
 
 
 def restored(source: Int[Tensor, " source"], target: Int[Tensor, " target"], first_sentinel: int) -> list[int]:
-    """Return the text that a source and its target stand for, without sentinels."""
+    """The text that a source and its target stand for, without sentinels."""
     spans: dict[int, list[int]] = {}
     current: list[int] = []
     for token in target.tolist():

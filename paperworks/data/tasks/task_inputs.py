@@ -25,23 +25,23 @@ class TaskInputs:
 
     @classmethod
     def after(cls, vocab_size: int) -> TaskInputs:
-        """Return the three ids that follow a vocabulary: `models.vocabulary.with_more_tokens(model, 3)` has them."""
+        """The three ids that follow a vocabulary: `models.vocabulary.with_more_tokens(model, 3)` has them."""
         return cls(vocab_size, vocab_size + 1, vocab_size + 2)
 
     def classification(self, text: Sequence[int]) -> Sequences:
-        """Return one sequence."""
+        """One sequence."""
         return [[self.start, *text, self.extract]]
 
     def entailment(self, premise: Sequence[int], hypothesis: Sequence[int]) -> Sequences:
-        """Return premise and hypothesis in one sequence."""
+        """Premise and hypothesis in one sequence."""
         return [[self.start, *premise, self.delimiter, *hypothesis, self.extract]]
 
     def similarity(self, one: Sequence[int], other: Sequence[int]) -> Sequences:
-        """Return both orders: what is read is their sum (`TaskModel(reading="sum")`)."""
+        """Both orders: what is read is their sum (`TaskModel(reading="sum")`)."""
         return [self.entailment(one, other)[0], self.entailment(other, one)[0]]
 
     def choice(self, context: Sequence[int], answers: Sequence[Sequence[int]]) -> Sequences:
-        """Return one sequence an answer (`TaskModel(reading="choice")`)."""
+        """One sequence an answer (`TaskModel(reading="choice")`)."""
         if len(answers) < 2:
             raise ValueError(f"there must be at least 2 answers to choose from, got {len(answers)}")
         return [self.entailment(context, answer)[0] for answer in answers]
@@ -50,7 +50,7 @@ class TaskInputs:
 def task_batch(
     examples: Sequence[Sequences], labels: Sequence[int], *, context: int | None = None
 ) -> dict[str, Int[Tensor, "..."]]:
-    """Return "tokens" and "segments" (batch, sequences, time), padded after, and "labels" (batch,).
+    """ "tokens" and "segments" (batch, sequences, time), padded after, and "labels" (batch,).
 
     Raises ValueError when examples have unequally many sequences, a label is missing, or a sequence exceeds `context`.
     """

@@ -41,7 +41,7 @@ class Corpus:
         return Corpus(self.documents[:kept], self.origin), Corpus(self.documents[kept:], self.origin)
 
     def encode(self, tokenizer: Tokenizer) -> Int[Tensor, " tokens"]:
-        """Return all documents as one row of ids, an end-of-text token after each where the tokenizer has one."""
+        """All documents as one row of ids, an end-of-text token after each where the tokenizer has one."""
         row: list[int] = []
         for document in self.documents:
             row += tokenizer.encode(document, special=False)
@@ -121,7 +121,7 @@ def _hub(name: str, column: str) -> list[str]:
 
 
 def fitting_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int = 4096) -> Tokenizer:
-    """Return a tokenizer for a corpus.
+    """A tokenizer for a corpus.
 
     Args:
         kind: "bytes" (256 ids), "chars" (those of the corpus), "bpe" (trained on it, `vocab_size` ids at most), or a
@@ -147,7 +147,7 @@ def fitting_tokenizer(kind: str, corpus: Corpus, *, vocab_size: int = 4096) -> T
 
 
 def document_segments(tokens: Int[Tensor, "batch time"], end: int) -> Int[Tensor, "batch time"]:
-    """Return which document each token of a packed row belongs to, from 1; a document ends with the token `end`."""
+    """Which document each token of a packed row belongs to, from 1; a document ends with the token `end`."""
     ends = (tokens == end).long()
     return 1 + ends.cumsum(1) - ends
 

@@ -61,7 +61,7 @@ class Phrases:
         return cls({pair: score for pair, score in scored.items() if score > threshold}, delimiter)
 
     def join(self, sentence: Sequence[str]) -> list[str]:
-        """Return the sentence with its phrases as single tokens; from the left, and no word belongs to two."""
+        """The sentence with its phrases as single tokens; from the left, and no word belongs to two."""
         written, at = [], 0
         while at < len(sentence):
             pair = tuple(sentence[at : at + 2])

@@ -53,7 +53,7 @@ def names() -> list[str]:
 
 
 def load_text(name: str, *, download: bool = False) -> Text:
-    """Return a data set as one text.
+    """A data set as one text.
 
     "python-docs" is the language reference that Python's own `help` shows (`pydoc_data.topics`): about half a
     megabyte of English prose and code, a little different in each Python version.
@@ -70,7 +70,7 @@ def load_text(name: str, *, download: bool = False) -> Text:
 
 
 def load_records(name: str, *, download: bool = False) -> Records:
-    """Return a data set as a list of rows, from JSON lines, JSON or CSV (whose values stay text); see `load_text`."""
+    """A data set as a list of rows, from JSON lines, JSON or CSV (whose values stay text); see `load_text`."""
     source = _source(name)
     content, origin = _content(source, download)
     return Records(name, _rows(source, content.decode("utf-8")), origin)
@@ -99,7 +99,7 @@ def _python_docs() -> Text:
 
 
 def _content(source: DataSource, download: bool) -> tuple[bytes, str]:
-    """Return a file's verified and unpacked bytes, and where they came from."""
+    """A file's verified and unpacked bytes, and where they came from."""
     stored = cache_folder() / "data" / source.file
     folders = [Path(entry).expanduser() for entry in os.environ.get("PAPERWORKS_DATA", "").split(os.pathsep) if entry]
     for path in (stored, *(folder / source.file for folder in folders)):

@@ -101,9 +101,9 @@ class CharacterText:
         return cls.of(load_text(name, download=download).text, validation)
 
     def train_windows(self, *, length: int, batch: int, count: int, seed: int = 0) -> RandomWindows:
-        """Return batches of the training part."""
+        """Batches of the training part."""
         return RandomWindows(self.training, length=length, batch=batch, count=count, seed=seed)
 
     def held_out_windows(self, *, length: int, batch: int = 32, count: int | None = None) -> list[Batch]:
-        """Return batches of the validation part, the same ones every time."""
+        """Batches of the validation part, the same ones every time."""
         return ordered_windows(self.validation, length=length, batch=batch, count=count)

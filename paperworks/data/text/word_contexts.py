@@ -46,7 +46,7 @@ class WordVocabulary:
         return len(self.words)
 
     def encode(self, sentences: Iterable[Sequence[str]]) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
-        """Return all known words in one row, and the number of the sentence that each stands in; others are dropped."""
+        """All known words in one row, and the number of the sentence that each stands in; others are dropped."""
         tokens, places = [], []
         for number, sentence in enumerate(sentences):
             known = [self.index[word] for word in sentence if word in self.index]
@@ -58,7 +58,7 @@ class WordVocabulary:
 def keep_probability(
     counts: Sequence[int], threshold: float, form: Literal["paper", "tool"] = "paper"
 ) -> Float[Tensor, " words"]:
-    """Return how likely each occurrence of a word survives subsampling (Mikolov et al. 2013, arXiv:1310.4546).
+    """How likely each occurrence of a word survives subsampling (Mikolov et al. 2013, arXiv:1310.4546).
 
     f is a word's share of the corpus. "paper": min(1, sqrt(t / f)); "tool", what the published program does:
     min(1, sqrt(t / f) + t / f). A threshold of 0 keeps everything.
@@ -87,7 +87,7 @@ class NoiseWords:
         self._cumulative = self.probabilities.cumsum(0)
 
     def draw(self, shape: tuple[int, ...], draws: torch.Generator) -> Int[Tensor, "*shape"]:
-        """Return independent draws."""
+        """Independent draws."""
         points = torch.rand(shape, generator=draws, dtype=torch.float64)
         return torch.searchsorted(self._cumulative, points).clamp_(max=len(self._cumulative) - 1)
 
@@ -187,7 +187,7 @@ class WordContexts:
             yield batch
 
     def _distances(self) -> Int[Tensor, "span around"]:
-        """Return how far each word of a row is from each centre; the centre itself beyond any window."""
+        """How far each word of a row is from each centre; the centre itself beyond any window."""
         around = torch.arange(-self.window, self.span + self.window)
         distance = (around - torch.arange(self.span)[:, None]).abs()
         return distance.masked_fill(distance == 0, self.window + 1).to(torch.int32)

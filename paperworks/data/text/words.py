@@ -16,7 +16,7 @@ _WORD = re.compile(r"\n|[A-Za-z]+(?:'[A-Za-z]+)*|[^\sA-Za-z]")
 
 
 def split_words(text: str) -> list[str]:
-    """Return words, marks one by one, and the ends of lines."""
+    """Words, marks one by one, and the ends of lines."""
     return _WORD.findall(text)
 
 
@@ -52,11 +52,11 @@ class Vocabulary:
         return len(self.frequent) + 1
 
     def encode(self, words: Sequence[str]) -> Int[Tensor, " words"]:
-        """Return ids; words that are rare or were never seen get 0."""
+        """Ids; words that are rare or were never seen get 0."""
         return torch.tensor([self.frequent.get(word, 0) for word in words])
 
     def known(self, words: Sequence[str]) -> Tensor:
-        """Return which words the text had, frequent or rare: of the others no model can give a probability."""
+        """Which words the text had, frequent or rare: of the others no model can give a probability."""
         return torch.tensor([word in self.frequent or word in self.rare for word in words])
 
     def of_words(

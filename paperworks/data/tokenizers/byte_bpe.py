@@ -66,7 +66,7 @@ class _Pairs:
         heapq.heapify(self.heap)
 
     def most_frequent(self) -> tuple[Pair, int]:
-        """Return the most frequent pair, the smallest of equals; a count of 0 when there is none."""
+        """The most frequent pair, the smallest of equals; a count of 0 when there is none."""
         while self.heap:
             total, pair = self.heap[0]
             if -total == self.totals[pair] > 0:
@@ -99,7 +99,7 @@ class _Pairs:
 
 
 def _joined(word: list[int], pair: Pair, made: int) -> list[int]:
-    """Return the word with the pair as one id, from the left."""
+    """The word with the pair as one id, from the left."""
     written, at = [], 0
     while at < len(word):
         if at + 1 < len(word) and (word[at], word[at + 1]) == pair:

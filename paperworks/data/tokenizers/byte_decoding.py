@@ -6,7 +6,7 @@ LONGEST = 4  # bytes of a character in UTF-8
 
 
 def most_characters(written: bytes) -> str:
-    """Return the text of most characters that can be read from `written` in order, bytes between them left out.
+    """The text of most characters that can be read from `written` in order, bytes between them left out.
 
     f(k) = max over t = 1 .. 4 of f(k - t) + g(k - t + 1, k), f(0) = 0 and f(k) >= f(k - 1), with g = 1 where those t
     bytes are one character; then back from the end. Valid UTF-8 is returned as it is; time grows with the length only.

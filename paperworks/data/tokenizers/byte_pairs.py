@@ -10,7 +10,7 @@ LONG = 128  # bytes from which the heap is faster than looking at all pairs agai
 
 
 def merge(piece: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Return the tokens of a piece: again and again the pair of neighbours with the lowest rank, joined, becomes one.
+    """The tokens of a piece: again and again the pair of neighbours with the lowest rank, joined, becomes one.
 
     Of equal pairs the leftmost is first. Every single byte must have a rank. A piece of n bytes takes O(n log n).
     """

@@ -47,7 +47,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens, str | None]:
-    """Return the tokenizer of a folder, the roles of its special tokens, and its chat template."""
+    """The tokenizer of a folder, the roles of its special tokens, and its chat template."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(

@@ -23,7 +23,7 @@ _INSTEAD = 'take the tokenizer off (model.tokenizer = None), or export layout="h
 def gguf_metadata(
     backend: tokenizers.Tokenizer, special: SpecialTokens, chat_template: str | None
 ) -> dict[str, object]:
-    """Return the `tokenizer.*` entries of a GGUF file; see `Tokenizer.gguf_metadata`."""
+    """The `tokenizer.*` entries of a GGUF file; see `Tokenizer.gguf_metadata`."""
     described = json.loads(backend.to_str())
     model = described["model"]
     if model["type"] != "BPE" or not model["merges"]:
@@ -44,7 +44,7 @@ def gguf_metadata(
 
 
 def _vocabulary(vocabulary: dict[str, int], added: list[dict[str, Any]]) -> tuple[list[str], list[int]]:
-    """Return the tokens by id and their kinds; an id that no token has gets a name that no text is cut into."""
+    """The tokens by id and their kinds; an id that no token has gets a name that no text is cut into."""
     size = max(vocabulary.values()) + 1
     tokens = [f"[PAD{index}]" for index in range(size)]
     kinds = [UNUSED] * size
@@ -56,7 +56,7 @@ def _vocabulary(vocabulary: dict[str, int], added: list[dict[str, Any]]) -> tupl
 
 
 def _roles(backend: tokenizers.Tokenizer, special: SpecialTokens) -> dict[str, object]:
-    """Return the ids of the special tokens, and whether a text begins with the first of them."""
+    """The ids of the special tokens, and whether a text begins with the first of them."""
     named = {"bos": special.bos, "eos": special.eos, "padding": special.pad, "unknown": special.unk}
     named |= dict(zip(("eot", "eom"), special.stops, strict=False))
     found = {role: backend.token_to_id(token) for role, token in named.items() if token is not None}
@@ -68,7 +68,7 @@ def _roles(backend: tokenizers.Tokenizer, special: SpecialTokens) -> dict[str, o
 
 
 def _name(described: dict[str, Any]) -> str:
-    """Return the name of the rules that a byte-level tokenizer follows."""
+    """The name of the rules that a byte-level tokenizer follows."""
     for name in _NAMES:
         metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name}
         like = gguf_tokenizer(metadata | {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []})
@@ -81,7 +81,7 @@ def _name(described: dict[str, Any]) -> str:
 
 
 def _rules(described: dict[str, Any]) -> tuple[object, ...]:
-    """Return what decides how text is cut: the normalizer, the pre-tokenizer's steps, and whether words stay whole."""
+    """What decides how text is cut: the normalizer, the pre-tokenizer's steps, and whether words stay whole."""
     cutter = described["pre_tokenizer"] or {"type": None}
     steps = [_step(step) for step in cutter.get("pretokenizers", [cutter])]
     return described["normalizer"], steps, bool(described["model"].get("ignore_merges"))

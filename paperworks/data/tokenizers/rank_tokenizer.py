@@ -167,7 +167,7 @@ class RankTokenizer:
         return TextStream(lambda ids: self.decode(ids, skip_special))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of ids, special tokens as their text: nothing is lost."""
+        """The bytes of ids, special tokens as their text: nothing is lost."""
         return b"".join(self._bytes(int(token), False) for token in ids)
 
     def _bytes(self, token: int, skip_special: bool) -> bytes:

@@ -29,7 +29,7 @@ class Circuit:
     divergence: float
 
     def __len__(self) -> int:
-        """Return the number of edges."""
+        """The number of edges."""
         return int(self.edges.sum())
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Circuit:
         return self.graph.receivers.index(receiver)
 
     def against(self, truth: Bool[Tensor, "receivers senders"]) -> tuple[float, float]:
-        """Return (precision, recall): the share of found edges that are true, and of true edges that are found."""
+        """(precision, recall): the share of found edges that are true, and of true edges that are found."""
         hits = (self.edges & truth).sum().item()
         return hits / max(1, len(self)), hits / max(1, int(truth.sum()))
 
@@ -123,7 +123,7 @@ def divergence(
     logits: Float[Tensor, "batch time vocab"],
     positions: Bool[Tensor, "batch time"] | None = None,
 ) -> float:
-    """Return KL(reference || logits) in nats, mean over the chosen positions."""
+    """KL(reference || logits) in nats, mean over the chosen positions."""
     target = reference.double().log_softmax(-1)
     each = (target.exp() * (target - logits.double().log_softmax(-1))).sum(-1)
     return (each if positions is None else each[positions]).mean().item()
@@ -137,7 +137,7 @@ def evaluate(
     corrupted: Int[Tensor, "batch time"],
     positions: Bool[Tensor, "batch time"] | None = None,
 ) -> Circuit:
-    """Return a set of edges as a circuit, with its divergence from the whole model."""
+    """A set of edges as a circuit, with its divergence from the whole model."""
     logits = graph.run(clean, edges, graph.outputs(corrupted))
     return Circuit(graph, edges & graph.possible, divergence(graph.model(clean), logits, positions))
 
@@ -153,7 +153,7 @@ def acdc(
     zero: bool = False,
     on_each: Callable[[], None] | None = None,
 ) -> Circuit:
-    """Return the edges that the behaviour needs: from the logits backwards, drop each whose loss costs little.
+    """The edges that the behaviour needs: from the logits backwards, drop each whose loss costs little.
 
     For each receiver in reverse topological order, for each of its senders in reverse order: H' is H without the edge;
     keep H' if KL(G || H') - KL(G || H) < threshold. Nodes that nothing reads any more lose their inputs untried. The
@@ -202,7 +202,7 @@ def acdc(
 def recovery_auc(
     scores: Float[Tensor, "receivers senders"], truth: Bool[Tensor, "receivers senders"], graph: EdgeGraph
 ) -> float:
-    """Return the area under the ROC curve of ranking edges by score: the chance that a true edge outranks another."""
+    """The area under the ROC curve of ranking edges by score: the chance that a true edge outranks another."""
     right = int((truth & graph.possible).sum())
     if not 0 < right < len(graph):
         raise ValueError(f"an AUC needs true and false edges; there are {right} and {len(graph) - right}")

@@ -49,7 +49,7 @@ class Meaning:
 
 
 def scrub(node: Node, meaning: Meaning, data: Tensor, rows: Int[Tensor, " rows"], generator: torch.Generator) -> Tensor:
-    """Return the value of `node` for the reference rows, everything that is said not to matter drawn anew.
+    """The value of `node` for the reference rows, everything that is said not to matter drawn anew.
 
     For each parent with a meaning another row that agrees on its feature takes the reference's place, drawn for every
     occurrence by itself: a node that is read twice is scrubbed twice. All parents without a meaning are computed from
@@ -84,7 +84,7 @@ def scrub(node: Node, meaning: Meaning, data: Tensor, rows: Int[Tensor, " rows"]
 
 
 def evaluate(node: Node, data: Tensor, known: dict[int, Tensor] | None = None) -> Tensor:
-    """Return the value of a node on data as it is; `known` keeps values of nodes that are read more than once."""
+    """The value of a node on data as it is; `known` keeps values of nodes that are read more than once."""
     known = {} if known is None else known
     if id(node) not in known:
         if node.parents:
@@ -106,7 +106,8 @@ def agreeing(
     starts = counts.cumsum(0) - counts
     own = group[rows]
     draw = (torch.rand(len(rows), generator=generator, dtype=torch.float64) * counts[own]).long()
-    return order[starts[own] + draw]
+    out: Tensor = order[starts[own] + draw]
+    return out
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def examine(
 
 
 def attention_tree(model: nn.Module, at: int = -1) -> Node:
-    """Return the logits at one position of an attention-only model as a tree of heads.
+    """The logits at one position of an attention-only model as a tree of heads.
 
     "logits" reads "embed" and all heads "0.0" ...; head "1.0" reads "1.0.q", "1.0.k" and "1.0.v", each of which is the
     sum of "embed" and all earlier heads. The data are tokens (rows, time).
@@ -194,13 +195,14 @@ def attention_tree(model: nn.Module, at: int = -1) -> Node:
 
     def logits(*values: Tensor) -> Tensor:
         final = total(*values)[:, at]
-        return whole.logits(final if whole.norm is None else whole.norm(final))
+        out: Tensor = whole.logits(final if whole.norm is None else whole.norm(final))
+        return out
 
     return Node("logits", logits, tuple(senders))
 
 
 def _head(block: Any, head: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return what a head writes, as a function of the three streams it reads."""
+    """What a head writes, as a function of the three streams it reads."""
 
     def compute(*streams: Float[Tensor, "rows time dim"]) -> Float[Tensor, "rows time dim"]:
         # every projection is given its own stream; forward, so that the edits do not see their own calls

@@ -33,13 +33,13 @@ class Factored:
             raise ValueError(f"factors do not fit: {tuple(self.left.shape)} and {tuple(self.right.shape)}")
 
     def __matmul__(self, other: Factored | Tensor) -> Factored:
-        """Return the product with another factored matrix, or with a plain one on the right."""
+        """The product with another factored matrix, or with a plain one on the right."""
         if isinstance(other, Tensor):
             return Factored(self.left, self.right @ other)
         return Factored(self.left @ (self.right @ other.left), other.right)
 
     def after(self, first: Float[Tensor, "inputs rows"]) -> Factored:
-        """Return first @ self."""
+        """first @ self."""
         return Factored(first @ self.left, self.right)
 
     @property
@@ -48,23 +48,24 @@ class Factored:
         return Factored(self.right.mT, self.left.mT)
 
     def dense(self) -> Float[Tensor, "rows columns"]:
-        """Return the matrix itself."""
+        """The matrix itself."""
         return self.left @ self.right
 
     def norm(self) -> Float[Tensor, ""]:
-        """Return the Frobenius norm, from trace(L^T L R R^T)."""
+        """The Frobenius norm, from trace(L^T L R R^T)."""
         return ((self.left.mT @ self.left) * (self.right @ self.right.mT)).sum().clamp_min(0).sqrt()
 
     def eigenvalues(self) -> Complex[Tensor, " rank"]:
-        """Return the eigenvalues that can differ from 0: those of the small matrix right @ left."""
+        """The eigenvalues that can differ from 0: those of the small matrix right @ left."""
         if self.left.shape[0] != self.right.shape[1]:
             raise ValueError(
                 f"only a square matrix has eigenvalues; this is {self.left.shape[0]} x {self.right.shape[1]}"
             )
-        return torch.linalg.eigvals(self.right @ self.left)
+        out: Tensor = torch.linalg.eigvals(self.right @ self.left)
+        return out
 
     def svd(self) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "rank columns"]]:
-        """Return (U, S, Vh) of the matrix, by thin QR of both factors: never larger than the factors."""
+        """(U, S, Vh) of the matrix, by thin QR of both factors: never larger than the factors."""
         q_left, r_left = torch.linalg.qr(self.left)
         q_right, r_right = torch.linalg.qr(self.right.mT)
         inner = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
@@ -72,7 +73,7 @@ class Factored:
 
 
 def attention_of(model: nn.Module, layer: int) -> Any:
-    """Return the attention module of a block of one of our models; raises `ValueError` for another kind."""
+    """The attention module of a block of one of our models; raises `ValueError` for another kind."""
     blocks: Any = getattr(model, "blocks", None)
     if blocks is None:
         raise ValueError(
@@ -87,7 +88,7 @@ def attention_of(model: nn.Module, layer: int) -> Any:
 
 
 def _slice(mixer: Any, head: int) -> tuple[slice, slice]:
-    """Return the rows of query (and output) and those of key and value that belong to a query head."""
+    """The rows of query (and output) and those of key and value that belong to a query head."""
     heads, kv_heads, size = mixer.spec.heads, mixer.kv_heads, mixer.head_dim
     if not 0 <= head < heads:
         raise ValueError(f"head {head}: the layer has heads 0 to {heads - 1}")
@@ -96,13 +97,13 @@ def _slice(mixer: Any, head: int) -> tuple[slice, slice]:
 
 
 def ov_circuit(mixer: Any, head: int) -> Factored:
-    """Return W_OV = W_V W_O of a head: what it writes where it attends to x is x W_OV."""
+    """W_OV = W_V W_O of a head: what it writes where it attends to x is x W_OV."""
     own, shared = _slice(mixer, head)
     return Factored(weight_of(mixer.value)[shared].mT.detach(), weight_of(mixer.output)[:, own].mT.detach())
 
 
 def qk_circuit(mixer: Any, head: int) -> Factored:
-    """Return W_QK = W_Q W_K^T of a head: x attends to y by the score x W_QK y^T * scale.
+    """W_QK = W_Q W_K^T of a head: x attends to y by the score x W_QK y^T * scale.
 
     With rotary positions this is the slice at relative position 0: others rotate the thin middle.
     """
@@ -111,19 +112,19 @@ def qk_circuit(mixer: Any, head: int) -> Factored:
 
 
 def direct_path(model: nn.Module) -> Factored:
-    """Return W_E W_U (vocab x vocab): the bigram table that a model without layers would be."""
+    """W_E W_U (vocab x vocab): the bigram table that a model without layers would be."""
     embedding, unembedding = _tables(model)
     return Factored(embedding, unembedding)
 
 
 def full_ov(model: nn.Module, layer: int, head: int) -> Factored:
-    """Return W_E W_OV W_U: how attending to a source token (row) changes each output token's logit (column)."""
+    """W_E W_OV W_U: how attending to a source token (row) changes each output token's logit (column)."""
     embedding, unembedding = _tables(model)
     return ov_circuit(attention_of(model, layer), head).after(embedding) @ unembedding
 
 
 def full_qk(model: nn.Module, layer: int, head: int) -> Factored:
-    """Return W_E W_QK W_E^T: how much a destination token (row) looks for a source token (column)."""
+    """W_E W_QK W_E^T: how much a destination token (row) looks for a source token (column)."""
     embedding, _ = _tables(model)
     return qk_circuit(attention_of(model, layer), head).after(embedding) @ embedding.mT
 
@@ -140,14 +141,14 @@ def _tables(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def copying_score(matrix: Factored) -> float:
-    """Return sum Re(eigenvalue) / sum |eigenvalue| in [-1, 1]: 1 for a head that raises what it attends to."""
+    """Sum Re(eigenvalue) / sum |eigenvalue| in [-1, 1]: 1 for a head that raises what it attends to."""
     values = matrix.eigenvalues()
     total = values.abs().sum().item()
     return 0.0 if total == 0 else values.real.sum().item() / total
 
 
 def composition(first: Factored, second: Factored) -> float:
-    """Return ||first second||_F / (||first||_F ||second||_F): how much of what `first` writes `second` reads."""
+    """||first second||_F / (||first||_F ||second||_F): how much of what `first` writes `second` reads."""
     scale = (first.norm() * second.norm()).item()
     return 0.0 if scale == 0 else (first @ second).norm().item() / scale
 
@@ -155,7 +156,7 @@ def composition(first: Factored, second: Factored) -> float:
 def composition_scores(
     model: nn.Module, first: int = 0, second: int = 1, *, baseline: bool = True, seed: int = 0
 ) -> dict[Kind, Float[Tensor, "first_heads second_heads"]]:
-    """Return Q-, K- and V-composition between all heads of an earlier and a later block.
+    """Q-, K- and V-composition between all heads of an earlier and a later block.
 
     Q: W_OV^1 with W_QK^2, K: W_OV^1 with (W_QK^2)^T, V: W_OV^1 with W_OV^2.
 
@@ -196,7 +197,7 @@ def _chance(early: Any, late: Any, seed: int) -> float:
 
 
 def skip_trigrams(model: nn.Module, layer: int, head: int, most: int = 10) -> list[tuple[int, int, int, float]]:
-    """Return (source, destination, output, weight) where a head looks and copies most strongly (small vocabularies).
+    """(source, destination, output, weight) where a head looks and copies most strongly (small vocabularies).
 
     For the `most` largest entries of full_qk (destination looks at source) the output that the source raises most;
     weight is the product of the score and the logit.
@@ -216,7 +217,7 @@ def skip_trigrams(model: nn.Module, layer: int, head: int, most: int = 10) -> li
 def path_expansion(
     model: nn.Module, tokens: Int[Tensor, "batch time"]
 ) -> dict[tuple[str, ...], Float[Tensor, "batch time vocab"]]:
-    """Return the logits of an attention-only model as a sum over paths, with the attention patterns as they were.
+    """The logits of an attention-only model as a sum over paths, with the attention patterns as they were.
 
     () is the direct path, ("0.1",) the head 0.1 alone, ("0.1", "1.2") the virtual head of both: A^2 A^1 x W_OV^1 W_OV^2
     W_U. All add up to the model's logits. There are (1 + heads)^depth paths.

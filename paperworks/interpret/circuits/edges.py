@@ -58,11 +58,11 @@ class EdgeGraph:
         self.possible = torch.arange(len(self.senders)) < torch.tensor(rows)[:, None]
 
     def __len__(self) -> int:
-        """Return the number of edges."""
+        """The number of edges."""
         return int(self.possible.sum())
 
     def edges(self, *names: str) -> Bool[Tensor, "receivers senders"]:
-        """Return the set of the edges named "sender->receiver", such as "0.0->1.0.k".
+        """The set of the edges named "sender->receiver", such as "0.0->1.0.k".
 
         Raises:
             ValueError: for a name that is no edge of this graph.
@@ -79,11 +79,11 @@ class EdgeGraph:
         return chosen
 
     def named(self, edges: Bool[Tensor, "receivers senders"]) -> list[str]:
-        """Return the names of the edges of a set."""
+        """The names of the edges of a set."""
         return [f"{self.senders[column]}->{self.receivers[row]}" for row, column in edges.nonzero().tolist()]
 
     def node(self, receiver: str) -> list[str]:
-        """Return the senders that a receiver feeds: several heads where they share keys, none for the logits."""
+        """The senders that a receiver feeds: several heads where they share keys, none for the logits."""
         if receiver == "logits":
             return []
         if receiver.endswith(".mlp"):
@@ -108,7 +108,7 @@ class EdgeGraph:
         corrupted: Float[Tensor, "senders batch time dim"],
         inputs: list[Tensor] | None = None,
     ) -> Float[Tensor, "batch time vocab"]:
-        """Return the logits with the edges of a set on, and corrupted outputs along all others.
+        """The logits with the edges of a set on, and corrupted outputs along all others.
 
         Args:
             tokens: the clean prompt.
@@ -131,7 +131,7 @@ class EdgeGraph:
         mask = (edges & self.possible).to(corrupted)
 
         def incoming(first: int, count: int) -> Tensor:
-            """Return the inputs of `count` receivers from row `first` on."""
+            """The inputs of `count` receivers from row `first` on."""
             known = len(live)
             change = torch.stack(live) - corrupted[:known]
             base = corrupted[:known].sum(0) + self._biases(known)
@@ -151,10 +151,11 @@ class EdgeGraph:
                 row += 1
         edits[f"blocks.{len(self.blocks) - 1}"] = lambda x, row=row: incoming(row, 1)[0]  # type: ignore[misc]
         with edit(self.model, edits):
-            return self.model(tokens)
+            out: Tensor = self.model(tokens)
+            return out
 
     def _senders(self, live: list[Tensor]) -> dict[str, Edit]:
-        """Return edits that change nothing and append every sender's output to `live`, in order."""
+        """Edits that change nothing and append every sender's output to `live`, in order."""
 
         def keep(x: Tensor) -> Tensor:
             live.append(x)
@@ -175,7 +176,7 @@ class EdgeGraph:
         return edits
 
     def _biases(self, known: int) -> Tensor | float:
-        """Return the sum of the output biases of attention, which belong to no head, before sender number `known`."""
+        """The sum of the output biases of attention, which belong to no head, before sender number `known`."""
         total: Tensor | float = 0.0
         for index, block in enumerate(self.blocks):
             bias = bias_of(block.mixer.output)
@@ -185,23 +186,25 @@ class EdgeGraph:
 
 
 def _heads(block: Any) -> int:
-    return block.mixer.spec.heads
+    out: int = block.mixer.spec.heads
+    return out
 
 
 def _inputs(block: Any) -> tuple[int, int, int]:
-    """Return how many inputs of queries, keys and values a block has."""
+    """How many inputs of queries, keys and values a block has."""
     return _heads(block), block.mixer.kv_heads, block.mixer.kv_heads
 
 
 def _project(block: Any, name: str, count: int, incoming: Callable[[int, int], Tensor], row: int) -> Edit:
-    """Return the edit that gives each head of a projection its own input."""
+    """The edit that gives each head of a projection its own input."""
     linear: nn.Module = getattr(block.mixer, name)
 
     def replaced(output: Tensor) -> Tensor:
         own = block.mixer_norm.forward(incoming(row, count))
         # forward, not a call: hooks must not see this; every head's input goes through all heads, and keeps its own
         each = linear.forward(own.flatten(0, 1)).unflatten(0, own.shape[:2]).unflatten(-1, (count, -1))
-        return each.diagonal(dim1=0, dim2=3).permute(0, 1, 3, 2).flatten(2).contiguous()
+        out: Tensor = each.diagonal(dim1=0, dim2=3).permute(0, 1, 3, 2).flatten(2).contiguous()
+        return out
 
     return replaced
 

@@ -18,7 +18,7 @@ from paperworks.interpret.taps import edit, record
 def attention_to(
     pattern: Float[Tensor, "batch heads time time"], back: int, first: int | None = None
 ) -> Float[Tensor, " heads"]:
-    """Return each head's mean attention from position t to t - back, over the batch and t = first .. time - 1.
+    """Each head's mean attention from position t to t - back, over the batch and t = first .. time - 1.
 
     Args:
         pattern: recorded from `blocks.N.mixer.pattern`.
@@ -38,7 +38,7 @@ def attention_to(
 def prefix_matching(
     pattern: Float[Tensor, "batch heads time time"], period: int, start: int = 0
 ) -> Float[Tensor, " heads"]:
-    """Return the mean attention to the token AFTER the previous occurrence: from t to t - period + 1.
+    """The mean attention to the token AFTER the previous occurrence: from t to t - period + 1.
 
     Over the second copy and later ones of a block of `period` tokens that begins at position `start`. 1 for a perfect
     induction head, mean 1 / (t + 1) for uniform attention.
@@ -47,21 +47,21 @@ def prefix_matching(
 
 
 def previous_token(pattern: Float[Tensor, "batch heads time time"]) -> Float[Tensor, " heads"]:
-    """Return the mean attention to the token before."""
+    """The mean attention to the token before."""
     return attention_to(pattern, 1)
 
 
 def duplicate_token(
     pattern: Float[Tensor, "batch heads time time"], period: int, start: int = 0
 ) -> Float[Tensor, " heads"]:
-    """Return the mean attention to the same token's previous occurrence: from t to t - period."""
+    """The mean attention to the same token's previous occurrence: from t to t - period."""
     return attention_to(pattern, period, start + period)
 
 
 def token_losses(
     logits: Float[Tensor, "batch time vocab"], tokens: Int[Tensor, "batch time"]
 ) -> Float[Tensor, " predicted"]:
-    """Return the mean loss in nats of predicting token t + 1 at each position t = 0 .. time - 2."""
+    """The mean loss in nats of predicting token t + 1 at each position t = 0 .. time - 2."""
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and tokens {tuple(tokens.shape)} must agree in batch and time")
     chosen = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
@@ -69,7 +69,7 @@ def token_losses(
 
 
 def in_context_score(losses: Float[Tensor, " predicted"], early: int, late: int) -> float:
-    """Return the loss at a late position minus that at an early one (the paper's 500 and 50); context makes it < 0."""
+    """The loss at a late position minus that at an early one (the paper's 500 and 50); context makes it < 0."""
     if not 0 <= early < late < len(losses):
         raise ValueError(f"early ({early}) must come before late ({late}), both among {len(losses)} predictions")
     return (losses[late] - losses[early]).item()

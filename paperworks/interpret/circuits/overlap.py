@@ -245,7 +245,7 @@ def _hypergeometric(total: int, marked: int, drawn: int) -> dict[int, float]:
 
 
 def rows_on(places: Int[Tensor, "batch places"], time: int) -> Float[Tensor, "batch time"]:
-    """Return attention rows that look at the given positions of each prompt alone, at all of them alike."""
+    """Attention rows that look at the given positions of each prompt alone, at all of them alike."""
     if places.dim() != 2 or not places.shape[1]:
         raise ValueError(f"places must be (batch, how many), at least one a prompt; got {tuple(places.shape)}")
     if bool(((places < 0) | (places >= time)).any()):

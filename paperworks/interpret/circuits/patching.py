@@ -40,7 +40,7 @@ class Site:
     head: int | None = None
 
     def mask(self, value: Tensor) -> Tensor:
-        """Return where `value`, the module's output, is replaced: booleans that broadcast to it."""
+        """Where `value`, the module's output, is replaced: booleans that broadcast to it."""
         pattern = self.path.rpartition(".")[2] == "pattern"
         head_dim, time_dim = (1, 2) if pattern else (2, 1)
         chosen = torch.ones([1] * value.dim(), dtype=torch.bool, device=value.device)
@@ -78,7 +78,7 @@ def _one_hot(index: Tensor, value: Tensor, dim: int) -> Tensor:
 def logit_difference(
     answer: Int[Tensor, " batch"], against: Int[Tensor, " batch"], at: int | Int[Tensor, " batch"] = -1
 ) -> Metric:
-    """Return the metric logit[answer] - logit[against]: linear in the logits, and it sees negative heads."""
+    """The metric logit[answer] - logit[against]: linear in the logits, and it sees negative heads."""
 
     def metric(logits: Tensor) -> Tensor:
         rows, last = _at(logits, at)
@@ -88,7 +88,7 @@ def logit_difference(
 
 
 def answer_probability(answer: Int[Tensor, " batch"], at: int | Int[Tensor, " batch"] = -1) -> Metric:
-    """Return the metric p(answer); it cannot go below 0, so it hides what works against the answer."""
+    """The metric p(answer); it cannot go below 0, so it hides what works against the answer."""
 
     def metric(logits: Tensor) -> Tensor:
         rows, last = _at(logits, at)
@@ -98,7 +98,7 @@ def answer_probability(answer: Int[Tensor, " batch"], at: int | Int[Tensor, " ba
 
 
 def kl_divergence(reference: Float[Tensor, "batch time vocab"], at: int | Int[Tensor, " batch"] = -1) -> Metric:
-    """Return the metric KL(reference || logits) in nats: 0 for the run the reference came from."""
+    """The metric KL(reference || logits) in nats: 0 for the run the reference came from."""
 
     def metric(logits: Tensor) -> Tensor:
         _, last = _at(logits, at)
@@ -121,7 +121,7 @@ def gaussian_corruption(
     embedding: str = "embedding",
     seed: int = 0,
 ) -> dict[str, Edit]:
-    """Return the edit that adds noise N(0, (scale x std of the embedding table)^2) to the embeddings at some positions.
+    """The edit that adds noise N(0, (scale x std of the embedding table)^2) to the embeddings at some positions.
 
     The corruption of Meng et al. 2022, where `positions` are the subject's. The noise is the same in every run.
     """
@@ -142,7 +142,7 @@ def aligned(
     corrupted: Sequence[str] | Sequence[Sequence[int]],
     tokenizer: Any = None,
 ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-    """Return two batches of tokens whose positions correspond, for patching position by position.
+    """Two batches of tokens whose positions correspond, for patching position by position.
 
     Args:
         clean, corrupted: paired texts (with a tokenizer that has `encode` and `decode`) or lists of ids.
@@ -273,7 +273,7 @@ class Patching:
         return source.roll(1, 0) if self.value == "resample" else source
 
     def score(self, sites: Iterable[Site]) -> float:
-        """Return the mean metric with all of `sites` replaced at once."""
+        """The mean metric with all of `sites` replaced at once."""
         by_path: dict[str, list[Site]] = {}
         for site in sites:
             by_path.setdefault(site.path, []).append(site)
@@ -291,7 +291,7 @@ class Patching:
         return self._score(self._base, edit(self.model, {path: change(path) for path in by_path}))
 
     def effect(self, sites: Iterable[Site]) -> float:
-        """Return how far the metric moves: 0 as if nothing was replaced, 1 all the way to the other run.
+        """How far the metric moves: 0 as if nothing was replaced, 1 all the way to the other run.
 
         Denoising (m - m_corrupted) / (m_clean - m_corrupted), noising (m - m_clean) / (m_corrupted - m_clean); each m a
         mean over rows, for a ratio of single rows explodes where the two runs hardly differ.
@@ -302,7 +302,7 @@ class Patching:
         return self.normalized(self.score(sites))
 
     def normalized(self, score: float) -> float:
-        """Return the effect that a score of `score` stands for."""
+        """The effect that a score of `score` stands for."""
         if self.clean_score == self.corrupted_score:
             raise ValueError(
                 f"the metric is {self.clean_score:.4g} on the clean and on the corrupted run alike: there is no "
@@ -317,7 +317,7 @@ class Patching:
     def sweep(
         self, groups: Sequence[Sequence[Site]], on_each: Callable[[], None] | None = None
     ) -> Float[Tensor, " groups"]:
-        """Return the effect of each group of sites, one run each; `on_each` is called after each."""
+        """The effect of each group of sites, one run each; `on_each` is called after each."""
         self._record(site.path for group in groups for site in group)
         effects = []
         for group in groups:
@@ -334,7 +334,7 @@ class Patching:
         window: int = 1,
         on_each: Callable[[], None] | None = None,
     ) -> Float[Tensor, "paths positions"]:
-        """Return the effect of each path at each position; with `window`, of so many neighbouring paths at once.
+        """The effect of each path at each position; with `window`, of so many neighbouring paths at once.
 
         Row i patches paths i - window // 2 to i + (window - 1) // 2, as far as there are any (the sliding windows of
         Meng et al.).
@@ -356,6 +356,6 @@ class Patching:
         position: int | Tensor | None = None,
         on_each: Callable[[], None] | None = None,
     ) -> Float[Tensor, "paths heads"]:
-        """Return the effect of each head of each path (`blocks.N.mixer.heads`), at all positions or one."""
+        """The effect of each head of each path (`blocks.N.mixer.heads`), at all positions or one."""
         groups = [[Site(path, position, head)] for path in paths for head in range(heads)]
         return self.sweep(groups, on_each).view(len(paths), heads)

@@ -25,7 +25,7 @@ _PARTS = {"q": "query", "k": "key", "v": "value"}
 
 
 def all_heads(model: nn.Module) -> list[Head]:
-    """Return every (layer, head) of one of our models."""
+    """Every (layer, head) of one of our models."""
     blocks: Any = model.blocks
     return [(layer, head) for layer in range(len(blocks)) for head in range(attention_of(model, layer).spec.heads)]
 
@@ -41,7 +41,7 @@ def path_patch(
     *,
     feedforward: Between = "recompute",
 ) -> float:
-    """Return the mean metric when senders are corrupted on their direct paths to the receivers only.
+    """The mean metric when senders are corrupted on their direct paths to the receivers only.
 
     (1) Every head's output is noted on both prompts. (2) A clean run with all heads held at their clean outputs, the
     senders at their corrupted ones; the inputs of the receivers are noted. (3) A clean run with these inputs.
@@ -111,7 +111,7 @@ def _has_feedforward(model: Any) -> bool:
 
 
 def _receiver(model: nn.Module, name: str) -> tuple[str, slice]:
-    """Return the module whose output is a receiver's input, and which channels of it."""
+    """The module whose output is a receiver's input, and which channels of it."""
     blocks: Any = model.blocks
     if name == "logits":
         return f"blocks.{len(blocks) - 1}", slice(None)
@@ -130,7 +130,7 @@ def _receiver(model: nn.Module, name: str) -> tuple[str, slice]:
 def head_means(
     model: nn.Module, tokens: Int[Tensor, "rows time"], groups: Int[Tensor, " rows"]
 ) -> dict[str, Float[Tensor, "groups time heads head_dim"]]:
-    """Return each head's mean output by position, a mean for each group of rows whose positions mean the same.
+    """Each head's mean output by position, a mean for each group of rows whose positions mean the same.
 
     Groups are templates: a mean over rows whose positions do not correspond would be a mean of different things.
     """
@@ -177,7 +177,7 @@ def only_heads(
 
 
 def minimality(score: Callable[[Collection[Head]], float], circuit: Collection[Head]) -> dict[Head, float]:
-    """Return for each head of a circuit how much the score changes without it: F(C) - F(C without the head).
+    """For each head of a circuit how much the score changes without it: F(C) - F(C without the head).
 
     The paper's minimality with K empty: a lower bound of what some K would show.
     """

@@ -24,7 +24,7 @@ def logit_lens(
     stream: ResidualStream | None = None,
     **options: Any,
 ) -> list[Any]:
-    """Return unembed(norm(stream after n blocks)) for n = 0 .. depth; the last equals the model's own logits.
+    """unembed(norm(stream after n blocks)) for n = 0 .. depth; the last equals the model's own logits.
 
     Args:
         model: one of ours, or one that `residual_stream` knows.
@@ -62,7 +62,7 @@ class LogitAttribution:
     total: Float[Tensor, " batch"]
 
     def ranked(self, most: int = 10) -> list[tuple[str, float]]:
-        """Return the parts with the largest mean effect, either sign, largest first."""
+        """The parts with the largest mean effect, either sign, largest first."""
         mean = self.values.mean(1)
         return [
             (self.names[index], mean[index].item()) for index in mean.abs().argsort(descending=True)[:most].tolist()
@@ -81,7 +81,7 @@ def direct_logit_attribution(
     stream: ResidualStream | None = None,
     **options: Any,
 ) -> LogitAttribution:
-    """Return each part's direct effect on a logit: norm(part) . (W_U[answer] - W_U[against]), the final norm frozen.
+    """Each part's direct effect on a logit: norm(part) . (W_U[answer] - W_U[against]), the final norm frozen.
 
     The norm's statistics are those of the whole stream, the same for all parts, so the parts add up to the logit.
 

@@ -104,7 +104,7 @@ def _bytes(pattern: Float[Tensor, "heads query key"]) -> UInt8[Tensor, "heads qu
 
 
 def _toward(linear: Callable[[Tensor], Tensor], final: Tensor, direction: Tensor) -> Float[Tensor, "time dim"]:
-    """Return what a unit vector written at a position adds to its answer's logit: the gradient of a linear map."""
+    """What a unit vector written at a position adds to its answer's logit: the gradient of a linear map."""
     with torch.enable_grad():
         written = torch.zeros_like(final, requires_grad=True)
         (gradient,) = torch.autograd.grad((linear(written)[0] * direction).sum(), written)

@@ -27,22 +27,23 @@ class BoardProbe:
     bias: Float[Tensor, "squares labels"]
 
     def scores(self, activations: Float[Tensor, "*n dim"]) -> Float[Tensor, "*n squares labels"]:
-        """Return the logits of every square's labels."""
+        """The logits of every square's labels."""
         if activations.shape[-1] != self.weight.shape[-1]:
             raise ValueError(
                 f"this probe reads activations of {self.weight.shape[-1]} dimensions, got {tuple(activations.shape)}"
             )
         flat = activations.detach().to(self.weight) @ self.weight.flatten(0, 1).T
-        return flat.unflatten(-1, self.bias.shape) + self.bias
+        out: Tensor = flat.unflatten(-1, self.bias.shape) + self.bias
+        return out
 
     def predict(self, activations: Float[Tensor, "*n dim"]) -> Int[Tensor, "*n squares"]:
-        """Return the likeliest label of every square."""
+        """The likeliest label of every square."""
         return self.scores(activations).argmax(-1)
 
     def directions(
         self, squares: Int[Tensor, " n"], source: Int[Tensor, " n"], target: Int[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """Return weight[s, target] - weight[s, source]: along it, a square's log-odds of the new label rise."""
+        """weight[s, target] - weight[s, source]: along it, a square's log-odds of the new label rise."""
         return self.weight[squares, target] - self.weight[squares, source]
 
     def odds(
@@ -52,7 +53,7 @@ class BoardProbe:
         source: Int[Tensor, " n"],
         target: Int[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
-        """Return log p(target) / p(source) of one square in each activation."""
+        """log p(target) / p(source) of one square in each activation."""
         offset = self.bias[squares, target] - self.bias[squares, source]
         return (activations * self.directions(squares, source, target)).sum(1) + offset
 
@@ -118,7 +119,8 @@ def fit_board(
         weight, bias = parameters[:rank], parameters[rank]
         scores = (white @ weight + bias).unflatten(1, (squares, count))
         fit = (scores.logsumexp(-1).sum() - (scores * wanted).sum()) / len(white)
-        return fit + penalty / 2 / len(white) * weight.square().sum()
+        out: Tensor = fit + penalty / 2 / len(white) * weight.square().sum()
+        return out
 
     parameters = torch.zeros(rank + 1, squares * count).to(white).requires_grad_()
     (start,) = torch.autograd.grad(loss(parameters), parameters)
@@ -169,8 +171,9 @@ def _check(activations: Tensor, labels: Tensor, count: int, penalty: float) -> N
 
 
 def _whitening(centred: Float[Tensor, "n dim"]) -> Float[Tensor, "dim rank"]:
-    """Return M with (centred M)^T (centred M) / n = 1, without the directions that hardly vary."""
+    """M with (centred M)^T (centred M) / n = 1, without the directions that hardly vary."""
     covariance = centred.T.double() @ centred.double() / len(centred)
     values, directions = torch.linalg.eigh(covariance)
     varies = values > 1e-6 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    return (directions[:, varies] / values[varies].sqrt()).to(centred)
+    out: Tensor = (directions[:, varies] / values[varies].sqrt()).to(centred)
+    return out

@@ -50,7 +50,7 @@ class Normalization:
     def __call__(
         self, positive: Float[Tensor, "n dim"], negative: Float[Tensor, "n dim"]
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]:
-        """Return both sides normalised, in float64."""
+        """Both sides normalised, in float64."""
         one, other = _sides(positive, negative)
         return (one - self.positive_mean) / self.positive_scale, (other - self.negative_mean) / self.negative_scale
 
@@ -72,7 +72,7 @@ def _sides(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
 def consistency_loss(
     positive: Float[Tensor, "*probes n"], negative: Float[Tensor, "*probes n"]
 ) -> Float[Tensor, "*probes"]:
-    """Return mean [ (p(x+) - (1 - p(x-)))^2 + min(p(x+), p(x-))^2 ] for each probe: consistent, and confident.
+    """Mean [ (p(x+) - (1 - p(x-)))^2 + min(p(x+), p(x-))^2 ] for each probe: consistent, and confident.
 
     0 exactly when one side of every pair has probability 1 and the other 0; 1/4 for the probe that always says 1/2.
     """
@@ -96,17 +96,17 @@ class ConsistencyProbes(nn.Module):
         self.bias = nn.Parameter(torch.empty(starts).uniform_(-reach, reach))
 
     def forward(self, states: Float[Tensor, "n dim"]) -> Float[Tensor, "starts n"]:
-        """Return every probe's probability that each state is one of a true statement."""
+        """Every probe's probability that each state is one of a true statement."""
         return torch.sigmoid(self.weight @ states.T + self.bias[:, None])
 
     @torch.no_grad()
     def losses(self, positive: Float[Tensor, "n dim"], negative: Float[Tensor, "n dim"]) -> Float[Tensor, " starts"]:
-        """Return each probe's loss on normalised pairs."""
+        """Each probe's loss on normalised pairs."""
         return consistency_loss(self(positive), self(negative))
 
 
 def ccs_loss(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
-    """Return the loss of `ConsistencyProbes` on normalised pairs: summed over starts, so that each has its own."""
+    """The loss of `ConsistencyProbes` on normalised pairs: summed over starts, so that each has its own."""
     return consistency_loss(model(pairs[0]), model(pairs[1])).sum()
 
 
@@ -124,7 +124,7 @@ class ContrastProbe:
     squash: bool = True
 
     def score(self, positive: Float[Tensor, "n dim"], negative: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
-        """Return one number a pair."""
+        """One number a pair."""
         one, other = (side @ self.direction + self.bias for side in self.normalization(positive, negative))
         return (one.sigmoid() - other.sigmoid()) / 2 if self.squash else (one - other) / 2
 
@@ -134,7 +134,7 @@ class ContrastProbe:
     def signed_by(
         self, positive: Float[Tensor, "n dim"], negative: Float[Tensor, "n dim"], labels: Labels
     ) -> ContrastProbe:
-        """Return the probe or its opposite, whichever agrees with more labels (True: the positive side is true)."""
+        """The probe or its opposite, whichever agrees with more labels (True: the positive side is true)."""
         scores = self.score(positive, negative)
         agrees = ((scores > 0) == as_truth(labels, len(scores), both=False)).double().mean()
         return self if float(agrees) >= 0.5 else -self
@@ -146,7 +146,7 @@ def best_of(
     positive: Float[Tensor, "n dim"],
     negative: Float[Tensor, "n dim"],
 ) -> ContrastProbe:
-    """Return the trained probe with the least loss on these pairs (given as recorded)."""
+    """The trained probe with the least loss on these pairs (given as recorded)."""
     one, other = (side.to(probes.weight) for side in normalization(positive, negative))
     best = int(probes.losses(one, other).argmin())
     return ContrastProbe(probes.weight[best].detach().double(), normalization, float(probes.bias[best].detach()))
@@ -186,7 +186,7 @@ def crc_two_means(
 
 
 def on_statements(probe: ContrastProbe) -> Probe:
-    """Return the contrast probe as one of single statements, whose own mean must be subtracted before.
+    """The contrast probe as one of single statements, whose own mean must be subtracted before.
 
     Raises:
         ValueError: where the sides were scaled differently, so that one direction does not serve both.

@@ -10,7 +10,7 @@ Labels = Bool[Tensor, " n"] | Int[Tensor, " n"] | Float[Tensor, " n"]
 
 
 def as_truth(labels: Labels, count: int, *, both: bool = True) -> Bool[Tensor, " n"]:
-    """Return labels as booleans.
+    """Labels as booleans.
 
     Args:
         labels: (n,), booleans or zeros and ones.
@@ -33,7 +33,7 @@ def as_truth(labels: Labels, count: int, *, both: bool = True) -> Bool[Tensor, "
 
 
 def as_cases(activations: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
-    """Return activations in float64, in which probes are fitted; ValueError when they are not finite (n, dim)."""
+    """Activations in float64, in which probes are fitted; ValueError when they are not finite (n, dim)."""
     if activations.dim() != 2 or 0 in activations.shape:
         raise ValueError(f"activations must have shape (n, dim), one row a case, got {tuple(activations.shape)}")
     values = activations.detach().double()

@@ -26,7 +26,7 @@ class Probe:
     bias: float = 0.0
 
     def score(self, activations: Float[Tensor, "*n dim"]) -> Float[Tensor, "*n"]:
-        """Return direction . a + bias for each activation, in float64."""
+        """Direction . a + bias for each activation, in float64."""
         if activations.shape[-1:] != self.direction.shape:
             raise ValueError(
                 f"this probe reads activations of {len(self.direction)} dimensions, got {tuple(activations.shape)}"
@@ -34,13 +34,14 @@ class Probe:
         return activations.detach().to(self.direction) @ self.direction + self.bias
 
     def predict(self, activations: Float[Tensor, "*n dim"]) -> Tensor:
-        """Return whether each activation is on the class's side (bool)."""
+        """Whether each activation is on the class's side (bool)."""
         return self.score(activations) > 0
 
     @property
     def unit(self) -> Float[Tensor, " dim"]:
         """The direction at length 1."""
-        return self.direction / self.direction.norm()
+        out: Tensor = self.direction / self.direction.norm()
+        return out
 
     def __neg__(self) -> Probe:
         return Probe(-self.direction, -self.bias)
@@ -52,14 +53,14 @@ Fit = Callable[[Tensor, Tensor], Probe]
 def class_means(
     activations: Float[Tensor, "n dim"], labels: Labels
 ) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
-    """Return the mean activation of the class, and of the rest."""
+    """The mean activation of the class, and of the rest."""
     cases = as_cases(activations)
     truth = as_truth(labels, len(cases))
     return cases[truth].mean(0), cases[~truth].mean(0)
 
 
 def within_covariance(activations: Float[Tensor, "n dim"], labels: Labels) -> Float[Tensor, "dim dim"]:
-    """Return the covariance around each class's own mean, pooled: sum (a - mean)(a - mean)^T / n."""
+    """The covariance around each class's own mean, pooled: sum (a - mean)(a - mean)^T / n."""
     cases = as_cases(activations)
     truth = as_truth(labels, len(cases))
     inside, outside = class_means(cases, truth)
@@ -186,7 +187,7 @@ def _newton(
 def principal_components(
     rows: Float[Tensor, "n dim"], count: int, *, center: bool = True
 ) -> Float[Tensor, "count dim"]:
-    """Return the unit directions of largest variance (or, not centred, second moment), in descending order, in float64.
+    """The unit directions of largest variance (or, not centred, second moment), in descending order, in float64.
 
     Their signs are arbitrary.
 
@@ -204,15 +205,16 @@ def principal_components(
         raise ValueError(
             f"these {len(cases)} rows have {rank} principal components, so count is 1 to {rank}, got {count}"
         )
-    return directions[:count]
+    out: Tensor = directions[:count]
+    return out
 
 
 def leading_component(rows: Float[Tensor, "n dim"], *, center: bool = True) -> Float[Tensor, " dim"]:
-    """Return the first of the `principal_components`."""
+    """The first of the `principal_components`."""
     return principal_components(rows, 1, center=center)[0]
 
 
 def random_probe(dim: int, seed: int) -> Probe:
-    """Return a unit direction drawn uniformly, the control of every probe."""
+    """A unit direction drawn uniformly, the control of every probe."""
     drawn = torch.randn(dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return Probe(drawn / drawn.norm())

@@ -75,7 +75,7 @@ def lat(
 
 
 def mean_reading(positive: Float[Tensor, "n dim"], negative: Float[Tensor, "m dim"]) -> Probe:
-    """Return the difference of means as a probe of unit direction, 0 half-way between them."""
+    """The difference of means as a probe of unit direction, 0 half-way between them."""
     activations = torch.cat([as_cases(positive), as_cases(negative)])
     found = mass_mean(activations, torch.arange(len(activations)) < len(positive))
     length = float(found.direction.norm())
@@ -85,7 +85,7 @@ def mean_reading(positive: Float[Tensor, "n dim"], negative: Float[Tensor, "m di
 
 
 def two_means_reading(activations: Float[Tensor, "n dim"], labels: Labels, *, rounds: int = 100) -> Probe:
-    """Return the unit direction between the centroids of 2-means on all activations; labels fix its sign only.
+    """The unit direction between the centroids of 2-means on all activations; labels fix its sign only.
 
     Lloyd's iterations from the two sides of the first principal component: deterministic.
     """
@@ -108,7 +108,7 @@ def two_means_reading(activations: Float[Tensor, "n dim"], labels: Labels, *, ro
 def ranked(
     probe: Probe, positive: Float[Tensor, "pairs dim"], negative: Float[Tensor, "pairs dim"]
 ) -> Bool[Tensor, " pairs"]:
-    """Return for each pair whether the positive scores above the negative, the paper's accuracy of a reading."""
+    """For each pair whether the positive scores above the negative, the paper's accuracy of a reading."""
     return probe.score(positive) > probe.score(negative)
 
 
@@ -116,7 +116,7 @@ def ranked(
 def scan(
     model: nn.Module, tokens: Int[Tensor, " time"] | Sequence[int], probes: Mapping[str, Probe]
 ) -> dict[str, Float[Tensor, " time"]]:
-    """Return each probe's score at every token of a text, by the module path it reads: a monitor's trace.
+    """Each probe's score at every token of a text, by the module path it reads: a monitor's trace.
 
     Args:
         model: any module that takes tokens (batch, time).

@@ -28,7 +28,7 @@ class Estimate:
 
 
 def auroc(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"] | Int[Tensor, " n"] | Float[Tensor, " n"]) -> float:
-    """Return the chance that a case of the class scores above one outside it, ties counting half.
+    """The chance that a case of the class scores above one outside it, ties counting half.
 
     Computed from ranks: (R - m (m + 1) / 2) / (m k) for the rank sum R of the m cases of the class, k outside it
     (Mann & Whitney 1947). 0.5 is what a coin has; reversing the scores gives 1 minus it.
@@ -47,14 +47,15 @@ def auroc(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"] | Int[Tensor, 
 
 
 def ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Return each value's rank from 1, in float64; equal values share the mean of their ranks."""
+    """Each value's rank from 1, in float64; equal values share the mean of their ranks."""
     _, place, count = values.detach().unique(sorted=True, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
-    return (last - (count.double() - 1) / 2)[place]
+    out: Tensor = (last - (count.double() - 1) / 2)[place]
+    return out
 
 
 def rank_correlation(one: Sequence[float] | Float[Tensor, " n"], other: Sequence[float] | Float[Tensor, " n"]) -> float:
-    """Return Spearman's correlation: Pearson's of the ranks, 1 where both lists order alike.
+    """Spearman's correlation: Pearson's of the ranks, 1 where both lists order alike.
 
     Raises:
         ValueError: for lists of unequal length, or one whose values are all equal.
@@ -68,7 +69,7 @@ def rank_correlation(one: Sequence[float] | Float[Tensor, " n"], other: Sequence
 
 
 def wilson(correct: int, n: int) -> Estimate:
-    """Return a share with Wilson's score interval, which stays within [0, 1] (Wilson 1927)."""
+    """A share with Wilson's score interval, which stays within [0, 1] (Wilson 1927)."""
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"a share needs 0 <= correct <= n and n >= 1, got {correct} of {n}")
     share = correct / n
@@ -82,7 +83,7 @@ def wilson(correct: int, n: int) -> Estimate:
 def accuracy(
     scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"] | Int[Tensor, " n"] | Float[Tensor, " n"]
 ) -> Estimate:
-    """Return the share of cases on the right side of 0, with Wilson's interval."""
+    """The share of cases on the right side of 0, with Wilson's interval."""
     truth = as_truth(labels, len(scores), both=False)
     return wilson(int(((scores > 0) == truth).sum()), len(scores))
 
@@ -90,7 +91,7 @@ def accuracy(
 def bootstrap(
     statistic: Callable[[Tensor], float], groups: Int[Tensor, " n"] | int, *, draws: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Return statistic(rows) for all rows, with the 2.5% and 97.5% quantiles over resampled rows.
+    """statistic(rows) for all rows, with the 2.5% and 97.5% quantiles over resampled rows.
 
     Args:
         statistic: takes row indices (int64, with repetitions) and returns a number; rows drawn for which it raises

@@ -19,7 +19,7 @@ _NEARLY_NO_PENALTY = 1e-6
 
 
 def centered_by(activations: Float[Tensor, "n dim"], groups: Groups) -> Float[Tensor, "n dim"]:
-    """Return a - mean of its group, for each activation, in float64.
+    """A - mean of its group, for each activation, in float64.
 
     A group is one data set: one topic in one polarity. Pooling them would leave differences between topics in.
     """
@@ -34,7 +34,8 @@ def _numbered(groups: Groups, count: int) -> Int[Tensor, " n"]:
     if len(groups) != count:
         raise ValueError(f"there are {count} activations but {len(groups)} groups: say of each which data set it is of")
     if isinstance(groups, Tensor):
-        return groups.unique(return_inverse=True)[1]
+        out: Tensor = groups.unique(return_inverse=True)[1]
+        return out
     order = {name: index for index, name in enumerate(dict.fromkeys(groups))}
     return torch.tensor([order[name] for name in groups])
 

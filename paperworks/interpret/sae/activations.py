@@ -146,7 +146,7 @@ class Activations:
 
     @torch.no_grad()
     def _run(self, batch: Any) -> Tensor:
-        """Return the tap's output for one input; the model stops there."""
+        """The tap's output for one input; the model stops there."""
         with record(self.model, self.tap) as seen:
             handle = self.model.get_submodule(self.tap).register_forward_hook(_stop)
             try:
@@ -160,7 +160,7 @@ class Activations:
         return seen[self.tap]
 
     def gather(self, rows: int) -> Float[Tensor, "rows dim"]:
-        """Return about so many shuffled rows, in whole batches; fewer when the inputs have no more."""
+        """About so many shuffled rows, in whole batches; fewer when the inputs have no more."""
         parts = []
         for batch in self:
             parts.append(batch)
@@ -171,7 +171,7 @@ class Activations:
         return torch.cat(parts)
 
     def median_length(self, rows: int = 4096) -> float:
-        """Return the median of ||x|| over the first `rows` rows or more, in units of the tap: what is typical."""
+        """The median of ||x|| over the first `rows` rows or more, in units of the tap: what is typical."""
         lengths: list[Tensor] = []
         for part in self.rows():
             lengths.append(part.norm(dim=1) / self.factor)
@@ -182,7 +182,7 @@ class Activations:
         return float(torch.cat(lengths).median())
 
     def mean_square(self, rows: int = 16_384) -> float:
-        """Return the mean of ||x||^2 over the first `rows` rows or more."""
+        """The mean of ||x||^2 over the first `rows` rows or more."""
         total, count = 0.0, 0
         for part in self.rows():
             total, count = total + float(part.double().square().sum()), count + len(part)
@@ -193,7 +193,7 @@ class Activations:
         return total / count
 
     def normalized(self, mean_square: float, rows: int = 16_384) -> Activations:
-        """Return the same activations multiplied with the one scalar that brings the mean of ||x||^2 to `mean_square`.
+        """The same activations multiplied with the one scalar that brings the mean of ||x||^2 to `mean_square`.
 
         One scalar for the data set, so that the autoencoder can be brought back to the model's own scale:
         `sae.rescale(1 / activations.factor)`.

@@ -27,9 +27,10 @@ def merged_heads(heads: Float[Tensor, "batch time heads head_dim"]) -> Float[Ten
 
 @torch.no_grad()
 def head_shares(sae: SparseAutoencoder, heads: int) -> Float[Tensor, "latents heads"]:
-    """Return for each feature ||its decoder row in the slice of head k|| / the sum of these over heads."""
+    """For each feature ||its decoder row in the slice of head k|| / the sum of these over heads."""
     norms = _by_head(sae.decoder, heads).norm(dim=-1)
-    return norms / norms.sum(dim=1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+    out: Tensor = norms / norms.sum(dim=1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+    return out
 
 
 class HeadAttribution(NamedTuple):
@@ -112,7 +113,8 @@ def through_values(
 def _by_head(rows: Tensor, heads: int) -> Tensor:
     if heads < 1 or rows.shape[-1] % heads:
         raise ValueError(f"activations of size {rows.shape[-1]} are not the outputs of {heads} heads side by side")
-    return rows.unflatten(-1, (heads, -1))
+    out: Tensor = rows.unflatten(-1, (heads, -1))
+    return out
 
 
 def _encoder_row(sae: SparseAutoencoder, latent: int, heads: int) -> Float[Tensor, "heads head_dim"]:
@@ -122,7 +124,7 @@ def _encoder_row(sae: SparseAutoencoder, latent: int, heads: int) -> Float[Tenso
 
 
 def _constant(sae: SparseAutoencoder) -> Float[Tensor, " latents"]:
-    """Return the pre-activations of an input of zeros; a gated one's are those of its gate."""
+    """The pre-activations of an input of zeros; a gated one's are those of its gate."""
     moved = deepcopy(sae)
     moved.recentre(torch.zeros_like(moved.decoder_bias))
     return moved.get_parameter(moved.latent_biases()[0])

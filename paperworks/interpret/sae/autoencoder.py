@@ -33,7 +33,7 @@ class SparseAutoencoderSpec(Spec):
 
     @abstractmethod
     def build(self, dim: int) -> SparseAutoencoder:
-        """Return an autoencoder of activations of size `dim`, its weights drawn from torch's generator."""
+        """An autoencoder of activations of size `dim`, its weights drawn from torch's generator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class PenalizedSpec(SparseAutoencoderSpec):
             )
 
     def weight(self, progress: float) -> float:
-        """Return the penalty's weight when `progress`, a share of the steps, is done."""
+        """The penalty's weight when `progress`, a share of the steps, is done."""
         return warmed(self.penalty, self.warmup, progress)
 
 
@@ -101,26 +101,27 @@ class SparseAutoencoder(nn.Module):
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch latents"]:
-        """Return the latents of activations."""
+        """The latents of activations."""
 
     def decode(self, latents: Float[Tensor, "*batch latents"]) -> Float[Tensor, "*batch dim"]:
-        """Return the activations that latents stand for."""
+        """The activations that latents stand for."""
         return latents @ self.decoder + self.decoder_bias
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Return the reconstruction of activations."""
+        """The reconstruction of activations."""
         return self.decode(self.encode(x))
 
     @abstractmethod
     def loss(self, x: Float[Tensor, "batch dim"], progress: float) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return the mean training loss of a batch and what to log beside it.
+        """The mean training loss of a batch and what to log beside it.
 
         progress: share of the training steps that were taken, in [0, 1], for warm-ups and annealing.
         """
 
     def strength(self, latents: Float[Tensor, "*batch latents"]) -> Float[Tensor, "*batch latents"]:
-        """Return latent_i * ||decoder_i||, how much of each direction is written: what "feature activation" means."""
-        return latents * self.decoder.norm(dim=1)
+        """latent_i * ||decoder_i||, how much of each direction is written: what "feature activation" means."""
+        out: Tensor = latents * self.decoder.norm(dim=1)
+        return out
 
     def after_step(self) -> None:
         """Do what follows every optimizer step: count it, and bring decoder rows back to length 1."""
@@ -165,7 +166,7 @@ class SparseAutoencoder(nn.Module):
         return [name for name in self._offsets() if name != "decoder_bias"]
 
     def check(self, x: Tensor) -> Tensor:
-        """Return `x` in the weights' dtype. Raises ValueError when its last dimension is not this autoencoder's."""
+        """`x` in the weights' dtype. Raises ValueError when its last dimension is not this autoencoder's."""
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"this autoencoder reads activations of size {self.dim}, got shape {tuple(x.shape)}: "
@@ -174,7 +175,7 @@ class SparseAutoencoder(nn.Module):
         return x.to(self.decoder.dtype)
 
     def trained_decoder(self) -> Float[Tensor, "latents dim"]:
-        """Return the decoder as the loss sees it: rows of unit length get the gradient along the sphere only."""
+        """The decoder as the loss sees it: rows of unit length get the gradient along the sphere only."""
         return along_sphere(self.decoder) if self.unit_norm else self.decoder
 
     @torch.no_grad()
@@ -185,7 +186,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def warmed(weight: float, warmup: float, progress: float) -> float:
-    """Return a penalty's weight, which rises linearly from 0 over the first `warmup` share of training."""
+    """A penalty's weight, which rises linearly from 0 over the first `warmup` share of training."""
     return weight * min(1.0, progress / warmup) if warmup > 0 else weight
 
 
@@ -197,5 +198,5 @@ def require_positive(spec: Spec, name: str) -> None:
 
 
 def squared_error(x: Float[Tensor, "batch dim"], reconstruction: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Return the mean over inputs of ||x - reconstruction||^2, summed over dimensions."""
+    """The mean over inputs of ||x - reconstruction||^2, summed over dimensions."""
     return (x - reconstruction).square().sum(dim=-1).mean()

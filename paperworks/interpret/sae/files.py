@@ -117,7 +117,7 @@ def load(folder: str | Path) -> SparseAutoencoder:
 
 
 def noted_tap(folder: str | Path) -> str | None:
-    """Return the path of the module that a folder's autoencoder reads, if it says so; names of SAELens are no paths.
+    """The path of the module that a folder's autoencoder reads, if it says so; names of SAELens are no paths.
 
     Raises `FileNotFoundError` and `CorruptFile` as `load` does.
     """
@@ -153,7 +153,7 @@ def _outward(name: str, parameter: Tensor) -> Tensor:
 
 
 def _architecture(config: Mapping[str, Any], path: Path) -> str:
-    """Return the kind; before version 6 it could be left out, and TopK was a standard one's activation function."""
+    """The kind; before version 6 it could be left out, and TopK was a standard one's activation function."""
     kind = config.get("architecture", "standard")
     if kind == "standard" and config.get("activation_fn_str", config.get("activation_fn", "relu")) == "topk":
         kind = "topk"
@@ -190,7 +190,7 @@ def _size(config: Mapping[str, Any], name: str, path: Path) -> int:
 
 
 def _read_weights(path: Path, kind: str, dim: int, latents: int) -> dict[str, Tensor]:
-    """Return our parameters by name, each checked for its shape before it is read."""
+    """Our parameters by name, each checked for its shape before it is read."""
     shapes = {"W_enc": [dim, latents], "W_dec": [latents, dim], "b_dec": [dim]}
     read: dict[str, Tensor] = {}
     try:

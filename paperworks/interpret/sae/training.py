@@ -63,9 +63,10 @@ class Training:
         self._optimizer: Optimizer | None = None
 
     def loss(self, model: nn.Module, x: Float[Tensor, "batch dim"]) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return the model's own loss at this point of training, and its metrics."""
+        """The model's own loss at this point of training, and its metrics."""
         autoencoder: Any = model
-        return autoencoder.loss(x, int(self.model.steps_taken) / self.steps)
+        out: tuple[Float[Tensor, ""], Metrics] = autoencoder.loss(x, int(self.model.steps_taken) / self.steps)
+        return out
 
     def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """Make Adam, without weight decay, and remember it for resampling."""

@@ -52,7 +52,7 @@ def lorra_loss(
     targets: Mapping[str, Float[Tensor, "batch window dim"]],
     response: Bool[Tensor, "batch window"],
 ) -> Float[Tensor, ""]:
-    """Return the mean over layers, rows and the window of ||R - R_target||_2, masked tokens counting as 0.
+    """The mean over layers, rows and the window of ||R - R_target||_2, masked tokens counting as 0.
 
     The norm is not squared, and the mean counts masked places too, as in the authors' code.
     """
@@ -100,14 +100,14 @@ class Lorra:
     def _window(
         self, model: nn.Module, tokens: Tensor, window: int, *, detach: bool = True
     ) -> dict[str, Float[Tensor, "batch window dim"]]:
-        """Return the states of the last tokens after each target layer."""
+        """The states of the last tokens after each target layer."""
         with record(model, self.layers, detach=detach) as seen:
             self.run(model, tokens)
         return {path: value[:, -window:] for path, value in seen.items()}
 
     @torch.no_grad()
     def targets(self, model: nn.Module, batch: LorraBatch) -> dict[str, Float[Tensor, "batch window dim"]]:
-        """Return where the states of the response are to go."""
+        """Where the states of the response are to go."""
         window = batch.response.shape[1]
         with self.disabled(model):
             found = self._window(model, batch.plain, window)
@@ -120,7 +120,7 @@ class Lorra:
         return found
 
     def __call__(self, model: nn.Module, batch: LorraBatch) -> Float[Tensor, ""]:
-        """Return the loss of the adapted model on a batch."""
+        """The loss of the adapted model on a batch."""
         targets = self.targets(model, batch)
         states = self._window(model, batch.plain, batch.response.shape[1], detach=False)
         return lorra_loss(states, targets, batch.response)

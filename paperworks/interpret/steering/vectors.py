@@ -20,12 +20,12 @@ Method = Literal["mean_difference", "pca_difference"]
 def mean_difference(
     positive: Float[Tensor, "pairs dim"], negative: Float[Tensor, "pairs dim"]
 ) -> Float[Tensor, " dim"]:
-    """Return the unit vector from the mean of the negatives to the mean of the positives."""
+    """The unit vector from the mean of the negatives to the mean of the positives."""
     return _unit((positive.double() - negative.double()).mean(0)).to(positive.dtype)
 
 
 def pca_difference(positive: Float[Tensor, "pairs dim"], negative: Float[Tensor, "pairs dim"]) -> Float[Tensor, " dim"]:
-    """Return the unit top eigenvector of sum d d^T over the differences d, not centred; positives project higher.
+    """The unit top eigenvector of sum d d^T over the differences d, not centred; positives project higher.
 
     Equal to the first principal component of both sides after each pair's midpoint is subtracted (repeng's pca_center).
     """
@@ -41,7 +41,8 @@ def _unit(vector: Tensor) -> Tensor:
     norm = vector.norm()
     if not bool(norm > 0) or not bool(torch.isfinite(norm)):
         raise ValueError("positives and negatives do not differ (or hold NaN): there is no direction between them")
-    return vector / norm
+    out: Tensor = vector / norm
+    return out
 
 
 _METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -139,7 +140,7 @@ def control_vector(
     negative: Mapping[str, Float[Tensor, "pairs dim"]],
     method: Method = "mean_difference",
 ) -> ControlVector:
-    """Return the control vector between paired activations.
+    """The control vector between paired activations.
 
     Args:
         positive, negative: by module path, the activations of each pair's two texts (their last token, say).
@@ -160,7 +161,7 @@ def control_vector(
 
 
 def random_vector(like: ControlVector, seed: int) -> ControlVector:
-    """Return directions drawn at random, each as long as the one it stands for: the control of a control vector."""
+    """Directions drawn at random, each as long as the one it stands for: the control of a control vector."""
     draws = torch.Generator().manual_seed(seed)
     drawn = {}
     for path, direction in like.directions.items():
@@ -177,7 +178,7 @@ def last_token_activations(
     batch: int = 1,
     forward: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Float[Tensor, "prompts dim"]]:
-    """Return the outputs of the chosen modules at each prompt's last token.
+    """The outputs of the chosen modules at each prompt's last token.
 
     Nothing is padded: a forward pass takes up to `batch` prompts of one length.
 

@@ -28,7 +28,7 @@ _FINAL_READERS = {"norm": ("unembedding",), "model.norm": ("lm_head",)}
 
 
 def norm_readers(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return {path of a norm: paths of the linear layers that read it} of a pre-norm decoder.
+    """{path of a norm: paths of the linear layers that read it} of a pre-norm decoder.
 
     Raises:
         ValueError: for a model whose norms are read by something else than linear layers, or are not found.
@@ -69,7 +69,7 @@ def _require_stored_weights(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fold_norms(model: Model, readers: Mapping[str, Sequence[str]] | None = None) -> Model:
-    """Return a copy whose norms have gain 1 and bias 0: W <- W diag(gain), b <- b + W bias in all that read them.
+    """A copy whose norms have gain 1 and bias 0: W <- W diag(gain), b <- b + W bias in all that read them.
 
     A tied unembedding is untied first. Raises `ValueError` when `readers` is not given and not known, or a layer is
     adapted or compressed.
@@ -96,7 +96,7 @@ def fold_norms(model: Model, readers: Mapping[str, Sequence[str]] | None = None)
 
 @torch.no_grad()
 def centre_writes(model: Model) -> Model:
-    """Return a copy in which everything written to the residual stream has mean 0 over its dimensions.
+    """A copy in which everything written to the residual stream has mean 0 over its dimensions.
 
     LayerNorm subtracts that mean anyway, so a model whose norms are all LayerNorms computes the same.
 
@@ -129,7 +129,7 @@ def centre_writes(model: Model) -> Model:
 
 @torch.no_grad()
 def centre_unembedding(model: Model) -> Model:
-    """Return a copy whose logits have mean 0 over the vocabulary: shifted by a constant, so log-softmax is the same."""
+    """A copy whose logits have mean 0 over the vocabulary: shifted by a constant, so log-softmax is the same."""
     _require_stored_weights(model)
     centred = _untied(copy.deepcopy(model))
     unembedding = _unembedding(centred)
@@ -142,7 +142,7 @@ def centre_unembedding(model: Model) -> Model:
 
 @torch.no_grad()
 def fold_value_biases(model: Model) -> Model:
-    """Return a copy whose value biases are 0: attention weights add up to 1, so they are part of the output's bias."""
+    """A copy whose value biases are 0: attention weights add up to 1, so they are part of the output's bias."""
     folded = copy.deepcopy(model)
     for module in folded.modules():
         value, output = getattr(module, "value", None), getattr(module, "output", None)

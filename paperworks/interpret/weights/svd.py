@@ -36,20 +36,20 @@ class Directions:
 
 @torch.no_grad()
 def ov_directions(model: nn.Module, layer: int, head: int) -> Directions:
-    """Return the singular directions of a head's W_OV = W_V W_O, from its thin factors."""
+    """The singular directions of a head's W_OV = W_V W_O, from its thin factors."""
     u, s, vh = ov_circuit(attention_of(model, layer), head).svd()
     return Directions(f"{layer}.{head}", u.mT, s, vh)
 
 
 @torch.no_grad()
 def linear_directions(module: nn.Module, name: str = "linear") -> Directions:
-    """Return the singular directions of a linear-like module; of `feedforward.down` these are its write directions."""
+    """The singular directions of a linear-like module; of `feedforward.down` these are its write directions."""
     u, s, vh = torch.linalg.svd(weight_of(module).mT.detach(), full_matrices=False)
     return Directions(name, u.mT, s, vh)
 
 
 def vocabulary(model: nn.Module) -> Float[Tensor, "vocab dim"]:
-    """Return the rows by which a direction of the stream is read as logits: the unembedding times the final gain."""
+    """The rows by which a direction of the stream is read as logits: the unembedding times the final gain."""
     unembedding: Any = getattr(model, "unembedding", None)
     if unembedding is None:
         raise ValueError(
@@ -61,14 +61,15 @@ def vocabulary(model: nn.Module) -> Float[Tensor, "vocab dim"]:
     weight = weight_of(unembedding).detach()
     if gain is None:
         return weight
-    return weight * (1 + gain if getattr(norm, "offset", False) else gain).detach()
+    out: Tensor = weight * (1 + gain if getattr(norm, "offset", False) else gain).detach()
+    return out
 
 
 @torch.no_grad()
 def top_tokens(
     directions: Float[Tensor, "count dim"], words: Float[Tensor, "vocab dim"], most: int = 20
 ) -> tuple[Int[Tensor, "count most"], Int[Tensor, "count most"]]:
-    """Return the tokens each direction raises most, and those it lowers most (its other end: a sign is arbitrary)."""
+    """The tokens each direction raises most, and those it lowers most (its other end: a sign is arbitrary)."""
     if not 1 <= most <= len(words):
         raise ValueError(f"most must be between 1 and the {len(words)} tokens of the vocabulary, got {most}")
     logits = directions @ words.mT
@@ -77,7 +78,7 @@ def top_tokens(
 
 @torch.no_grad()
 def coherence(tokens: Int[Tensor, "*groups most"], embedding: Float[Tensor, "vocab dim"]) -> Float[Tensor, "*groups"]:
-    """Return the mean cosine between the embeddings of different tokens of a group, centred on the vocabulary's mean.
+    """The mean cosine between the embeddings of different tokens of a group, centred on the vocabulary's mean.
 
     Not centred, all embeddings share a direction and rare tokens look alike.
     """
@@ -94,7 +95,7 @@ def coherence(tokens: Int[Tensor, "*groups most"], embedding: Float[Tensor, "voc
 def most_aligned(
     query: Float[Tensor, " dim"], sources: Sequence[Directions], most: int = 10
 ) -> list[tuple[str, int, float]]:
-    """Return (name, index, cosine) of the write directions nearest to a direction of the stream, either sign."""
+    """(name, index, cosine) of the write directions nearest to a direction of the stream, either sign."""
     unit = query / query.norm()
     found = [
         (source.name, index, cosine)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def clipped_backward(x: Tensor, limit: float) -> Tensor:
-    """Return x; the derivative of the loss with respect to it comes back within [-limit, limit], number by number."""
-    clipped: Tensor = _Clipped.apply(x, limit)
+    """x; the derivative of the loss with respect to it comes back within [-limit, limit], number by number."""
+    clipped: Tensor = _Clipped.apply(x, limit)  # type: ignore[no-untyped-call]
     return clipped
 
 

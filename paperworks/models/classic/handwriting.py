@@ -45,7 +45,7 @@ class Handwriting(Spec):
                 raise ValueError(f"Handwriting.{name} must be at least 1, got {getattr(self, name)}")
 
     def build(self) -> HandwritingModel:
-        """Return the model with freshly initialized weights."""
+        """The model with freshly initialized weights."""
         return HandwritingModel(self)
 
 
@@ -84,7 +84,7 @@ class HandwritingModel(nn.Module):
         self.move.bias[2 * self.spec.window :] -= 3.0
 
     def begin(self, batch: int) -> Pen:
-        """Return the state before the first offset: the window stands before the text and shows nothing."""
+        """The state before the first offset: the window stands before the text and shows nothing."""
         weight = self.move.weight
         zeros = weight.new_zeros(batch, self.spec.hidden)
         above: list[Any] = list(self.layers)[1:]
@@ -102,7 +102,7 @@ class HandwritingModel(nn.Module):
         text: Int[Tensor, "batch characters"],
         lengths: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch time numbers"]:
-        """Return the outputs at each step, from which `StrokeDensity` makes the density of the NEXT offset.
+        """The outputs at each step, from which `StrokeDensity` makes the density of the NEXT offset.
 
         Args:
             strokes: offsets x, y and 1 where the pen is lifted after it; text: ids; lengths: of each text, None all.
@@ -123,7 +123,7 @@ class HandwritingModel(nn.Module):
     def characters(
         self, text: Int[Tensor, "batch characters"], lengths: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch characters kinds"]:
-        """Return one-hot characters, zeros beyond the length of each text."""
+        """one-hot characters, zeros beyond the length of each text."""
         shown = F.one_hot(text, self.spec.characters).to(self.move.weight.dtype)
         if lengths is None:
             return shown
@@ -132,7 +132,7 @@ class HandwritingModel(nn.Module):
     def write(
         self, strokes: Float[Tensor, "batch time 3"], shown: Float[Tensor, "batch characters kinds"], pen: Pen
     ) -> tuple[Float[Tensor, "batch time numbers"], Pen]:
-        """Return the outputs of some steps and the state after them."""
+        """The outputs of some steps and the state after them."""
         hidden, windows, pen = self._read(strokes, shown, pen)
         states, given = [hidden], torch.cat((strokes, windows), -1)
         for layer, cache in zip(list(self.layers)[1:], pen.above, strict=True):
@@ -164,7 +164,7 @@ class HandwritingModel(nn.Module):
 def handwriting_loss(
     model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]]]:
-    """Return -log p of the strokes, summed over the steps of a row and averaged over rows; and the mean a step.
+    """-log p of the strokes, summed over the steps of a row and averaged over rows; and the mean a step.
 
     batch: strokes (batch, time, 3), which of them are no padding (batch, time), text (batch, characters), its lengths.
     """
@@ -173,7 +173,7 @@ def handwriting_loss(
 
 
 def stroke_nats(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Float[Tensor, "batch steps"]:
-    """Return -log p of each offset but the first, given those before it and the text; 0 where there is padding."""
+    """-log p of each offset but the first, given those before it and the text; 0 where there is padding."""
     strokes, real, text, lengths = batch
     density = StrokeDensity(model(strokes[:, :-1], text, lengths))
     return -density.log_prob(strokes[:, 1:, :2], strokes[:, 1:, 2] > 0.5) * real[:, 1:]

@@ -60,7 +60,7 @@ class HME(Spec):
         return math.prod(self.branching)
 
     def build(self) -> HMEModel:
-        """Return a tree with random gates and experts (use `torch.manual_seed` for reproducible ones)."""
+        """A tree with random gates and experts (use `torch.manual_seed` for reproducible ones)."""
         return HMEModel(self)
 
 
@@ -83,7 +83,7 @@ class HMEModel(nn.Module):
         )
 
     def log_gates(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch leaves"]:
-        """Return each leaf's log prior: the sum of log gates from the root to it."""
+        """Each leaf's log prior: the sum of log gates from the root to it."""
         wide = _with_one(x)
         total = x.new_zeros(len(x), 1)
         for gate in self.gates:
@@ -94,7 +94,7 @@ class HMEModel(nn.Module):
     def log_density(
         self, x: Float[Tensor, "batch inputs"], y: Float[Tensor, "batch outputs"]
     ) -> Float[Tensor, "batch leaves"]:
-        """Return log P_leaf(y | x)."""
+        """log P_leaf(y | x)."""
         link = torch.einsum("lod,bd->blo", self.experts, _with_one(x))
         if self.spec.family == "bernoulli":
             return -F.binary_cross_entropy_with_logits(link, y[:, None].expand_as(link), reduction="none").sum(-1)
@@ -102,7 +102,7 @@ class HMEModel(nn.Module):
         return -(squares + self.log_variance + math.log(2 * math.pi)).sum(-1) / 2
 
     def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
-        """Return the mean of y: the experts' means weighted by the gates."""
+        """The mean of y: the experts' means weighted by the gates."""
         means = torch.einsum("lod,bd->blo", self.experts, _with_one(x))
         if self.spec.family == "bernoulli":
             means = means.sigmoid()
@@ -111,17 +111,17 @@ class HMEModel(nn.Module):
     def log_likelihood(
         self, x: Float[Tensor, "batch inputs"], y: Float[Tensor, "batch outputs"]
     ) -> Float[Tensor, " batch"]:
-        """Return log P(y | x) of each row."""
+        """log P(y | x) of each row."""
         return (self.log_gates(x) + self.log_density(x, y)).logsumexp(-1)
 
     def posterior(
         self, x: Float[Tensor, "batch inputs"], y: Float[Tensor, "batch outputs"]
     ) -> Float[Tensor, "batch leaves"]:
-        """Return h_leaf, proportional to prior times density; siblings add up to their parent's."""
+        """h_leaf, proportional to prior times density; siblings add up to their parent's."""
         return (self.log_gates(x) + self.log_density(x, y)).softmax(-1)
 
     def log_prior(self) -> Float[Tensor, ""]:
-        """Return what the ridge takes off the log-likelihood: -ridge / 2 * (sum of all squared weights)."""
+        """What the ridge takes off the log-likelihood: -ridge / 2 * (sum of all squared weights)."""
         total = self.experts.square().sum()
         for gate in self.gates:
             total = total + gate.square().sum()

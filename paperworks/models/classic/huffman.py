@@ -31,7 +31,7 @@ class TreePaths:
         return torch.arange(self.nodes.shape[1]) < self.lengths[:, None]
 
     def code(self, word: int) -> str:
-        """Return a word's code as it is written: "0110"."""
+        """A word's code as it is written: "0110"."""
         return "".join("1" if bit else "0" for bit in self.codes[word, : self.lengths[word]].tolist())
 
 
@@ -69,7 +69,7 @@ def huffman_paths(counts: Sequence[int]) -> TreePaths:
 
 
 def _way(word: int, parent: list[int], right: list[bool], words: int) -> list[tuple[int, bool]]:
-    """Return (inner node, turns right) from the root down."""
+    """(inner node, turns right) from the root down."""
     way, at = [], word
     while at != len(parent) - 1:
         way.append((parent[at] - words, right[at]))

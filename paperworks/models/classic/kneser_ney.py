@@ -58,7 +58,7 @@ class KneserNey:
             self.kinds.append(kinds)
 
     def probability(self, word: int, history: Sequence[int]) -> float:
-        """Return p(word | history), of which the last order - 1 words count."""
+        """p(word | history), of which the last order - 1 words count."""
         past = tuple(history)[max(0, len(history) - self.order + 1) :]
         value = 1.0 / self.vocab_size
         for size in range(1, len(past) + 2):
@@ -72,7 +72,7 @@ class KneserNey:
         return value
 
     def log_probabilities(self, tokens: Sequence[int]) -> Float[Tensor, " scored"]:
-        """Return log p of every token but the first, given those before it."""
+        """log p of every token but the first, given those before it."""
         words, reach = list(map(int, tokens)), self.order - 1
         values = [self.probability(words[at], words[max(0, at - reach) : at]) for at in range(1, len(words))]
         return torch.tensor(values, dtype=torch.float64).log()

@@ -45,7 +45,7 @@ def write_word_vectors(path: str | Path, words: Sequence[str], vectors: Float[Te
 
 
 def read_word_vectors(path: str | Path) -> tuple[tuple[str, ...], Float[Tensor, "words dim"]]:
-    """Return the words of a file and their vectors, in the file's order, float32.
+    """The words of a file and their vectors, in the file's order, float32.
 
     Memory follows what is in the file, never what its header claims.
 

@@ -15,6 +15,8 @@ from torch.nn import functional
 from paperworks.models.classic.huffman import TreePaths, huffman_paths
 from paperworks.nn import Spec
 
+Architecture = Literal["skip-gram", "cbow"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WordVectors(Spec):
@@ -42,7 +44,7 @@ class WordVectors(Spec):
 
     vocab_size: int
     dim: int
-    architecture: Literal["skip-gram", "cbow"] = "skip-gram"
+    architecture: Architecture = "skip-gram"
     output: Literal["softmax-tree", "negative sampling"] = "negative sampling"
     negatives: int = 5
     combine: Literal["mean", "sum", "program"] = "program"
@@ -58,7 +60,7 @@ class WordVectors(Spec):
             raise ValueError(f"WordVectors.negatives must be 0 or more, got {self.negatives}")
 
     def build(self, counts: Sequence[int] | None = None) -> WordVectorModel:
-        """Return the model: word vectors uniform in +-0.5 / dim, predicted ones zero.
+        """The model: word vectors uniform in +-0.5 / dim, predicted ones zero.
 
         `counts`: how often each word occurs, most needed for the tree. Raises ValueError when the tree has none.
         """
@@ -102,13 +104,13 @@ class WordVectorModel(nn.Module):
         self.output.weight.zero_()
 
     def forward(self, words: Int[Tensor, "*any"]) -> Float[Tensor, "*any dim"]:
-        """Return the vectors of words."""
+        """The vectors of words."""
         vectors: Tensor = self.input(words)
         return vectors
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows words"]:
-        """Return log p(word | hidden) of the tree. Raises ValueError for a model without one."""
+        """log p(word | hidden) of the tree. Raises ValueError for a model without one."""
         if self.spec.output != "softmax-tree":
             raise ValueError(
                 "negative sampling is no model of p(context | word): only a softmax-tree has probabilities"
@@ -118,7 +120,7 @@ class WordVectorModel(nn.Module):
         return (functional.logsigmoid(turned) * self.tree_passed).sum(-1)
 
     def nearest(self, word: str | int | Tensor, count: int = 10) -> list[tuple[Any, float]]:
-        """Return the words of largest cosine with a word (itself left out) or a vector, and the cosines."""
+        """The words of largest cosine with a word (itself left out) or a vector, and the cosines."""
         if isinstance(word, Tensor):
             return self._nearest(word, [], count)
         index = self._index(word)
@@ -132,7 +134,7 @@ class WordVectorModel(nn.Module):
 
     @torch.no_grad()
     def unit_vectors(self) -> Float[Tensor, "words dim"]:
-        """Return the vectors, each of length 1."""
+        """The vectors, each of length 1."""
         return functional.normalize(self.input.weight, dim=-1)
 
     def _index(self, word: str | int) -> int:
@@ -163,7 +165,7 @@ class WordVectorModel(nn.Module):
 def analogy_accuracy(
     vectors: Float[Tensor, "words dim"], questions: Int[Tensor, "questions 4"], chunk: int = 1024
 ) -> float:
-    """Return the share of questions (a, b, c, d) whose d has the largest cosine with b - a + c, all but a, b, c asked.
+    """The share of questions (a, b, c, d) whose d has the largest cosine with b - a + c, all but a, b, c asked.
 
     Vectors are brought to length 1 first, as in the published evaluation; only an exact match counts.
     """
@@ -184,7 +186,7 @@ def negative_sampling_loss(
     noise: Float[Tensor, "pairs negatives dim"],
     counted: Bool[Tensor, "pairs negatives"] | None = None,
 ) -> Float[Tensor, " pairs"]:
-    """Return -log sigmoid(v_c . v_w) - sum_i log sigmoid(-v_{n_i} . v_w) of each pair (arXiv:1310.4546, equation 4).
+    """-log sigmoid(v_c . v_w) - sum_i log sigmoid(-v_{n_i} . v_w) of each pair (arXiv:1310.4546, equation 4).
 
     `counted`: which noise words count; the published program leaves out those that equal the context.
     """
@@ -200,12 +202,12 @@ def pair_scores_loss(
     times: Float[Tensor, "rows left right"],
     yes: Float[Tensor, "rows left right"],
 ) -> Float[Tensor, ""]:
-    """Return sum over pairs of times * softplus(s) - yes * s with s = left . right: logistic losses of whole blocks.
+    """Sum over pairs of times * softplus(s) - yes * s with s = left . right: logistic losses of whole blocks.
 
     `times`: how often a pair is asked, `yes`: how often the answer is yes, so that the gradient of a score is
     times * sigmoid(s) - yes. All scores, and both gradients, are one matrix product each.
     """
-    loss: Tensor = _PairScores.apply(left, right, times, yes)
+    loss: Tensor = _PairScores.apply(left, right, times, yes)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -230,7 +232,7 @@ class _PairScores(torch.autograd.Function):
 
 
 def _logistic(left: Tensor, right: Tensor, times: Tensor, yes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss of `pair_scores_loss`, and its derivative by each score."""
+    """The loss of `pair_scores_loss`, and its derivative by each score."""
     scores = torch.bmm(left, right.transpose(1, 2)).clamp_(-FURTHEST, FURTHEST)
     yeses = scores.sigmoid()
     # softplus(s) = s - log sigmoid(s), at a tenth of the time of torch's softplus
@@ -267,22 +269,22 @@ class _SparsePairScores(torch.autograd.Function):
 
 
 def _sparse_rows(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """Return a table that is zero but for the sums of the values of each id."""
+    """A table that is zero but for the sums of the values of each id."""
     rows, places = torch.unique(ids, return_inverse=True)
     total = values.new_zeros(len(rows), values.shape[-1]).index_add_(0, places.flatten(), values.flatten(0, -2))
     return torch.sparse_coo_tensor(rows[None], total, shape, is_coalesced=True, check_invariants=False)
 
 
 def _rows_loss(model: WordVectorModel, lefts: Tensor, rights: Tensor, times: Tensor, yes: Tensor) -> Tensor:
-    """Return `pair_scores_loss` of rows of the two tables."""
+    """`pair_scores_loss` of rows of the two tables."""
     if model.spec.sparse:
-        loss: Tensor = _SparsePairScores.apply(model.input.weight, model.output.weight, lefts, rights, times, yes)
+        loss: Tensor = _SparsePairScores.apply(model.input.weight, model.output.weight, lefts, rights, times, yes)  # type: ignore[no-untyped-call]
         return loss
     return pair_scores_loss(_rows(model.input, lefts), _rows(model.output, rights), times, yes)
 
 
 def word_vector_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum over all pairs (skip-gram) or centres (CBOW) of a batch of `WordContexts`.
+    """The sum over all pairs (skip-gram) or centres (CBOW) of a batch of `WordContexts`.
 
     Negative sampling: the noise words of a row are shared by its centres, each weighted so that a pair has `negatives`
     of them in expectation; where a noise word equals the context it does not count, as in the published program.
@@ -320,7 +322,7 @@ def word_vector_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _rows(table: nn.Embedding, ids: Int[Tensor, "rows some"]) -> Float[Tensor, "rows some dim"]:
-    """Return vectors; the dense gradient of index_select takes a third of the time of an embedding's."""
+    """Vectors; the dense gradient of index_select takes a third of the time of an embedding's."""
     if table.sparse:
         vectors: Tensor = table(ids)
         return vectors
@@ -328,7 +330,7 @@ def _rows(table: nn.Embedding, ids: Int[Tensor, "rows some"]) -> Float[Tensor, "
 
 
 def _combined(model: WordVectorModel, words: Tensor, near: Tensor) -> Tensor:
-    """Return the mean or sum of each centre's contexts; zero where there is none."""
+    """The mean or sum of each centre's contexts; zero where there is none."""
     total = torch.bmm(near, _rows(model.input, words))
     if model.spec.combine == "sum":
         return total

@@ -262,7 +262,7 @@ _Seq2SeqName = Literal["t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b", "sw
 
 
 def presets(pattern: str = "*") -> list[str]:
-    """Return the names that match a glob pattern, in the order of the table: `presets("llama*")`."""
+    """The names that match a glob pattern, in the order of the table: `presets("llama*")`."""
     return [name for name in _PRESETS if fnmatch.fnmatch(name, pattern)]
 
 
@@ -271,7 +271,7 @@ def preset(name: _Seq2SeqName) -> Seq2Seq: ...  # type: ignore[overload-overlap]
 @overload
 def preset(name: str) -> Decoder: ...
 def preset(name: str) -> Decoder | Seq2Seq:
-    """Return the spec of a named architecture. Raises `ValueError` with the nearest names if there is none."""
+    """The spec of a named architecture. Raises `ValueError` with the nearest names if there is none."""
     if name not in _PRESETS:
         raise ValueError(unknown("preset", name, _PRESETS))
     return _PRESETS[name]()

@@ -15,7 +15,7 @@ def scaled_block(
     grouping: int = 4,
     divisor: int = 256,
 ) -> Block:
-    """Return the layer that stands at `share` of the depth, 0 the first and 1 the last: layer-wise scaling.
+    """The layer that stands at `share` of the depth, 0 the first and 1 the last: layer-wise scaling.
 
     Args:
         head_dim: channels of a head; the number of heads is what is scaled.

@@ -125,6 +125,7 @@ def switch(
     experts: int,
     every: int = 2,
     capacity: float | None = 1.25,
+    capacity_tokens: int | None = None,
     router: TopKRouter = TopKRouter(softmax="before", balance=0.01, z=0.001, jitter=0.01),  # noqa: B008  (frozen)
     vocab_size: int = 32_128,
     buckets: int = 32,
@@ -135,7 +136,7 @@ def switch(
     """Switch Transformer (Fedus et al. 2021, arXiv:2101.03961): T5 with one of many experts a token in sparse layers.
 
     Layers every - 1, 2 every - 1, ... are sparse, in the encoder and in the decoder. `capacity` holds in training, 2.0
-    outside of it; None loses no token.
+    outside of it; None loses no token. `capacity_tokens` counts tokens a sequence instead, as Hugging Face does.
     """
     dense = t5(
         dim, hidden, depth, heads, head_dim,
@@ -152,6 +153,7 @@ def switch(
             router=router,
             capacity=capacity,
             capacity_evaluation=None if capacity is None else 2.0,
+            capacity_tokens=capacity_tokens,
         )
         return replace(block, feedforward=mixture)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 def interpolated(
     log_probabilities: Sequence[Float[Tensor, " tokens"]], weights: Sequence[float]
 ) -> Float[Tensor, " tokens"]:
-    """Return log sum_m weights_m p_m(token): what the models say together of each token.
+    """log sum_m weights_m p_m(token): what the models say together of each token.
 
     Raises ValueError unless there is one weight a model, none negative, and they sum to 1.
     """
@@ -24,7 +24,7 @@ def interpolated(
 
 
 def mixture_weights(log_probabilities: Sequence[Float[Tensor, " tokens"]], rounds: int = 50) -> list[float]:
-    """Return the weights under which the models together give these tokens the most probability.
+    """The weights under which the models together give these tokens the most probability.
 
     Expectation maximization from equal weights (Jelinek & Mercer 1980): each round, a model's weight becomes its mean
     share of the tokens' probability. The likelihood has one maximum, and never falls from round to round.

@@ -18,7 +18,7 @@ _ROWS = ("up.weight", "up.bias", "gate.weight", "gate.bias")  # of which each hi
 
 @torch.no_grad()
 def keep_hidden_units(model: DecoderModel, kept: Mapping[str, Int[Tensor, " kept"]]) -> DecoderModel:
-    """Return a smaller copy of `model` with these hidden units alone; the model itself is left as it is.
+    """A smaller copy of `model` with these hidden units alone; the model itself is left as it is.
 
     Rows of `up` and `gate` and columns of `down` go, and the spec says so. What stands at the tap of the hidden units
     (a mask) goes too: the copy computes what the model does with all other units at zero.

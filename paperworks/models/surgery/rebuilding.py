@@ -13,7 +13,7 @@ from paperworks.models.decoder import Decoder, DecoderModel
 def rebuilt(
     model: DecoderModel, spec: Decoder, state: Mapping[str, Tensor], trainable: Mapping[str, bool] | None = None
 ) -> DecoderModel:
-    """Return the model of `spec` with the weights of `state`, in the mode and with the tokenizer of `model`.
+    """The model of `spec` with the weights of `state`, in the mode and with the tokenizer of `model`.
 
     Args:
         trainable: which parameters are, by name; those not named are as they are in `model`, new ones trainable.

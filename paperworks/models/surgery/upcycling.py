@@ -22,7 +22,7 @@ def upcycle(
     router: Router | None = None,
     layers: Iterable[int] | None = None,
 ) -> DecoderModel:
-    """Return a copy of `model` whose feed-forward parts are each copied into `count` experts, with the same logits.
+    """A copy of `model` whose feed-forward parts are each copied into `count` experts, with the same logits.
 
     Equal experts with weights that sum to 1 are one expert, whatever the router chooses; so nothing is lost, and what
     training then makes different is gained. Routers are drawn as at initialization, from torch's global generator.

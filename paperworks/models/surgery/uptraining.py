@@ -18,7 +18,7 @@ Pooling = Literal["mean", "first", "random"]
 
 @torch.no_grad()
 def pool_key_value_heads(model: DecoderModel, kv_heads: int, method: Pooling = "mean") -> DecoderModel:
-    """Return a copy of `model` whose attention has `kv_heads` key-value heads; the model itself is left as it is.
+    """A copy of `model` whose attention has `kv_heads` key-value heads; the model itself is left as it is.
 
     Each new head stands for a group of consecutive old ones, so that query heads keep reading what became of theirs.
     Weights are pooled, not activations, and biases likewise. Optimizer states of the old model do not fit the new one.
@@ -86,8 +86,12 @@ def _pooled(
     """Pool a projection's rows, ordered (head, channel); `rows` are those of its weight, or its bias."""
     groups = rows.unflatten(0, (kv_heads, heads // kv_heads, -1))
     if method == "mean":
-        return groups.mean(1).flatten(0, 1)
-    first = groups[:, 0].flatten(0, 1).clone()
-    if method == "first":
-        return first
-    return first.zero_() if rows.dim() == 1 else first.normal_(0.0, std)
+        mean: Tensor = groups.mean(1).flatten(0, 1)
+        return mean
+    first: Tensor = groups[:, 0].flatten(0, 1).clone()
+    if method != "first":
+        if rows.dim() == 1:
+            first.zero_()
+        else:
+            first.normal_(0.0, std)
+    return first

@@ -12,7 +12,7 @@ from paperworks.models.surgery.rebuilding import rebuilt, require_plain
 
 @torch.no_grad()
 def with_more_tokens(model: DecoderModel, count: int, *, std: float | None = None) -> DecoderModel:
-    """Return the model with `count` more token ids after its own; the given model is left as it is.
+    """The model with `count` more token ids after its own; the given model is left as it is.
 
     Embeddings of the new tokens (and their rows of an untied unembedding) are drawn from N(0, std^2), `init_std` where
     None; all other weights are copied.

@@ -135,7 +135,8 @@ class AttentionModule(nn.Module):
             keys, values = cache.extend(keys, values, placement.start)
         mask = self.mask(queries, placement, cache)
         heads = self.attend(queries, keys, values, mask).transpose(1, 2)  # (batch, time, heads, head_dim)
-        return self.output(self.heads(heads).flatten(2))
+        out: Tensor = self.output(self.heads(heads).flatten(2))
+        return out
 
     def project(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (batch, heads, time, head_dim) each, normed and rotated."""
@@ -164,7 +165,8 @@ class AttentionModule(nn.Module):
         key = ("relative", shared, queries.dtype, id(mask))
         if key not in placement.memo:
             placement.memo[key] = mask.biased(self.relative.scores(queries, mask.distance()))
-        return placement.memo[key]
+        out: Mask = placement.memo[key]
+        return out
 
     def attend(
         self, queries: Float[Tensor, "batch heads query head_dim"], keys: Tensor, values: Tensor, mask: Mask

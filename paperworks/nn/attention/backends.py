@@ -62,12 +62,13 @@ def scores(
 ) -> Float[Tensor, "batch heads queries keys"]:
     """Scaled scores, -inf where a bool mask is False; a float mask is added. Shared keys are not copied."""
     grouped = queries.unflatten(1, (keys.shape[1], -1))
-    found = (grouped @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
+    found: Tensor = (grouped @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
     if soft_cap is not None:
         found = soft_cap * torch.tanh(found / soft_cap)
     if mask is None:
         return found
-    return found.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else found + mask
+    out: Tensor = found.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else found + mask
+    return out
 
 
 def pattern(inputs: Inputs) -> Float[Tensor, "batch heads queries keys"]:
@@ -81,7 +82,8 @@ def mix(weights: Tensor, values: Tensor, dropout: float = 0.0) -> Float[Tensor, 
     """The values, weighted by a pattern (batch, heads, queries, keys)."""
     if dropout:
         weights = F.dropout(weights, dropout)
-    return (weights.unflatten(1, (values.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)
+    out: Tensor = (weights.unflatten(1, (values.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)
+    return out
 
 
 def reference(inputs: Inputs) -> Float[Tensor, "batch heads queries value_dim"]:
@@ -271,7 +273,8 @@ def varlen(
     before = -1 if mask.window is None else mask.window - 1
     window = (before, 0) if mask.causal else (before, before)
     out: Tensor = run(*flat, edges, edges, time, time, scale=inputs.scale, window_size=window, enable_gqa=inputs.shared)
-    return out.unflatten(0, (rows, time)).transpose(1, 2)
+    result: Tensor = out.unflatten(0, (rows, time)).transpose(1, 2)
+    return result
 
 
 def _pays(mask: Mask, found: tuple[Piece, ...]) -> bool:

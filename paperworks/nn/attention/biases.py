@@ -34,7 +34,7 @@ class AttentionBias:
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008  (a value)
     ) -> Float[Tensor, "*batch queries keys"]:
-        """Return the dense bias: 0 where a key is seen, -inf where not, of a shape that ends in (queries, keys)."""
+        """The dense bias: 0 where a key is seen, -inf where not, of a shape that ends in (queries, keys)."""
         seen = dense_mask(self.pieces(shape[-2], shape[-1], device), shape[-2], shape[-1], device)[0, 0]
         bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -math.inf)
         return bias.expand(tuple(shape))
@@ -113,7 +113,7 @@ class BlockDiagonalMask(AttentionBias):
     def from_seqlens(
         cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None, kv_padding: int | None = None
     ) -> BlockDiagonalMask:
-        """Return the mask for these lengths; keys are as many as queries where `kv_seqlen` is not given."""
+        """The mask for these lengths; keys are as many as queries where `kv_seqlen` is not given."""
         return cls(tuple(q_seqlen), tuple(q_seqlen if kv_seqlen is None else kv_seqlen), kv_padding)
 
     def __post_init__(self) -> None:
@@ -128,11 +128,11 @@ class BlockDiagonalMask(AttentionBias):
             raise ValueError(f"{max(self.kv_seqlen)} keys do not fit in a kv_padding of {self.kv_padding}")
 
     def split(self, packed: Tensor) -> list[Tensor]:
-        """Return the sequences of (1, queries, ...)."""
+        """The sequences of (1, queries, ...)."""
         return list(packed.split(list(self.q_seqlen), 1))
 
     def within(self) -> AttentionBias | None:
-        """Return what hides keys inside a sequence; None for nothing."""
+        """What hides keys inside a sequence; None for nothing."""
         return None
 
     def pieces(self, queries: int, keys: int, device: torch.device) -> tuple[Piece, ...]:
@@ -159,7 +159,7 @@ class BlockDiagonalMask(AttentionBias):
         return tuple(found)
 
     def make_causal(self) -> BlockDiagonalCausalMask:
-        """Return the same sequences, each causal from its top left."""
+        """The same sequences, each causal from its top left."""
         return BlockDiagonalCausalMask(self.q_seqlen, self.kv_seqlen, self.kv_padding)
 
 
@@ -168,7 +168,7 @@ class BlockDiagonalCausalMask(BlockDiagonalMask):
     """Sequences in one row, each causal, aligned top-left."""
 
     def within(self) -> AttentionBias:
-        """Return the triangle."""
+        """The triangle."""
         return LowerTriangularMask()
 
 
@@ -182,5 +182,5 @@ class BlockDiagonalCausalWithOffsetPaddedKeysMask(BlockDiagonalMask):
             raise ValueError("padded keys need kv_padding, the slots of each sequence")
 
     def within(self) -> AttentionBias:
-        """Return the triangle, aligned bottom-right."""
+        """The triangle, aligned bottom-right."""
         return LowerTriangularFromBottomRightMask()

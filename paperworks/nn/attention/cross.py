@@ -38,7 +38,7 @@ class CrossAttention(Attention):
             raise ValueError(f"CrossAttention.context_dim must be at least 1, got {self.context_dim}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return CrossAttentionModule(dim, self)
 
 
@@ -58,7 +58,7 @@ class ContextCache(MixerCache):
             self.segments = self.segments.index_select(0, rows)
 
     def bytes(self) -> int:
-        """Return the memory held, in bytes."""
+        """The memory held, in bytes."""
         return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
 
     def truncate(self, length: int) -> None:
@@ -78,7 +78,7 @@ class CrossAttentionModule(AttentionModule):
             self.value = nn.Linear(source, self.kv_heads * self.head_dim, bias=spec.bias)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> ContextCache:  # type: ignore[override]
-        """Return an empty cache, which the first call fills."""
+        """An empty cache, which the first call fills."""
         return ContextCache()
 
     def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
@@ -96,7 +96,8 @@ class CrossAttentionModule(AttentionModule):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         mask = Mask(queries=queries.shape[2], keys=keys.shape[2], device=x.device, seen=_seen(placement, segments))
         heads = self.attend(queries, keys, values, mask).transpose(1, 2)
-        return self.output(self.heads(heads).flatten(2))
+        out: Tensor = self.output(self.heads(heads).flatten(2))
+        return out
 
     def _read(self, context: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         if context is None:
@@ -113,7 +114,7 @@ class CrossAttentionModule(AttentionModule):
 
 
 def _seen(placement: Placement, segments: Tensor | None) -> Tensor | None:
-    """Return which of the context each token sees: what is no padding, of its own segment if tokens have any."""
+    """Which of the context each token sees: what is no padding, of its own segment if tokens have any."""
     if segments is None:
         return None
     if placement.segments is None:

@@ -72,7 +72,8 @@ class Mask:
         if "distance" not in self._made:
             first = torch.arange(self.start, self.start + self.queries, device=self.device)
             self._made["distance"] = self.places() - first[:, None]
-        return self._made["distance"]
+        out: Tensor = self._made["distance"]
+        return out
 
     def visible(self) -> Bool[Tensor, "rows 1 queries keys"] | None:
         """What is seen as a tensor, rows 1 where all rows are alike; None where everything is."""
@@ -80,7 +81,8 @@ class Mask:
             return None
         if "visible" not in self._made:
             self._made["visible"] = self._visible()
-        return self._made["visible"]
+        out: Bool[Tensor, "rows 1 queries keys"] | None = self._made["visible"]
+        return out
 
     def _visible(self) -> Tensor:
         if self.seen is not None:
@@ -106,7 +108,8 @@ class Mask:
             return visible if self.bias is None else self.bias
         if "dense" not in self._made:
             self._made["dense"] = self.bias.masked_fill(~visible, -math.inf)
-        return self._made["dense"]
+        out: Tensor | None = self._made["dense"]
+        return out
 
     def pieces(self) -> tuple[Piece, ...] | None:
         """Dense pieces that leave out what is hidden: documents of packed rows, bands of a window; None where none are.
@@ -122,7 +125,8 @@ class Mask:
                 self._made["pieces"] = tuple(band(self.queries, self.window, self.device))
             else:
                 self._made["pieces"] = None
-        return self._made["pieces"]
+        out: tuple[Piece, ...] | None = self._made["pieces"]
+        return out
 
     def edges(self, rows: int) -> Int[Tensor, " documents_and_one"] | None:
         """Where documents begin in the rows laid end to end, and the end of the last, int32; None where that cannot be.
@@ -141,7 +145,8 @@ class Mask:
             starts = begins.flatten().nonzero()[:, 0]
             ends = torch.cat((starts, starts.new_full((1,), segments.numel()))).to(torch.int32)
             self._made["edges"] = ends if len(torch.unique(names, dim=0)) == len(names) else None
-        return self._made["edges"]
+        out: Int[Tensor, " documents_and_one"] | None = self._made["edges"]
+        return out
 
     def biased(self, bias: Float[Tensor, "..."]) -> Mask:
         """The same with numbers to add to the scores."""
@@ -154,7 +159,8 @@ def mask_of(placement: Placement, cache: KeyValueCache | None, causal: bool, win
     key = ("mask", causal, window, rolling, cache is None)
     if key not in placement.memo:
         placement.memo[key] = _mask(placement, cache, causal, window)
-    return placement.memo[key]
+    out: Mask = placement.memo[key]
+    return out
 
 
 def _mask(placement: Placement, cache: KeyValueCache | None, causal: bool, window: int | None) -> Mask:

@@ -24,7 +24,7 @@ def memory_efficient_attention(
     p: float = 0.0,
     scale: float | None = None,
 ) -> Float[Tensor, "batch queries heads value_dim"]:
-    """Return softmax(query key^T * scale + bias) value, with time before heads.
+    """softmax(query key^T * scale + bias) value, with time before heads.
 
     Args:
         query, key, value: (batch, time, heads, dim), or (batch, time, groups, heads, dim) for queries that share keys:
@@ -41,14 +41,15 @@ def memory_efficient_attention(
         groups, heads = query.shape[2:4]
         shared = (_shared(key), _shared(value))
         out = _attend(query.flatten(2, 3), *shared, attn_bias, p, scale)
-        return out.unflatten(2, (groups, heads))
+        result: Tensor = out.unflatten(2, (groups, heads))
+        return result
     return _attend(query, key, value, attn_bias, p, scale)
 
 
 def merge_attentions(
     outs: Sequence[Float[Tensor, "batch queries heads dim"]], lses: Sequence[Float[Tensor, "batch heads queries"]]
 ) -> tuple[Float[Tensor, "batch queries heads dim"], Float[Tensor, "batch heads queries"]]:
-    """Return attention to all keys from attention to parts of them, and its log-sum-exp."""
+    """Attention to all keys from attention to parts of them, and its log-sum-exp."""
     if not outs or len(outs) != len(lses):
         raise ValueError(f"each of one or more parts has an output and a log-sum-exp, got {len(outs)} and {len(lses)}")
     total = Partial(outs[0].transpose(1, 2), lses[0])
@@ -64,7 +65,7 @@ def swiglu_packed(
     w3: Float[Tensor, "dim hidden"],
     b3: Float[Tensor, " dim"] | None,
 ) -> Float[Tensor, "*batch dim"]:
-    """Return (silu(x w1^T + b1) * (x w2^T + b2)) w3^T + b3, both first products in one (Shazeer 2020)."""
+    """(silu(x w1^T + b1) * (x w2^T + b2)) w3^T + b3, both first products in one (Shazeer 2020)."""
     if w1w2.dim() != 3 or w1w2.shape[0] != 2:
         raise ValueError(f"w1w2 must be (2, hidden, dim), the gate first, got {tuple(w1w2.shape)}")
     both = functional.linear(x, w1w2.flatten(0, 1), None if b1b2 is None else b1b2.flatten())
@@ -73,7 +74,7 @@ def swiglu_packed(
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """Return (batch, time, groups, dim): the one head that a group of queries shares, or all of them."""
+    """(batch, time, groups, dim): the one head that a group of queries shares, or all of them."""
     if tensor.shape[3] == 1 or tensor.stride(3) == 0:
         return tensor[:, :, :, 0]
     return tensor.flatten(2, 3)

@@ -36,7 +36,7 @@ class Piece:
     mask: Bool[Tensor, "queries keys"] | None = None
 
     def seen(self, device: torch.device) -> Bool[Tensor, "queries keys"]:
-        """Return which of its keys each of its queries sees."""
+        """Which of its keys each of its queries sees."""
         if self.mask is not None:
             return self.mask
         size = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
@@ -47,7 +47,7 @@ class Piece:
 def dense_mask(
     pieces: Sequence[Piece], queries: int, keys: int, device: torch.device
 ) -> Bool[Tensor, "rows 1 queries keys"]:
-    """Return what the pieces show as one mask; rows is 1 where every piece holds for the whole batch."""
+    """What the pieces show as one mask; rows is 1 where every piece holds for the whole batch."""
     rows = 1 if all(piece.rows == slice(None) for piece in pieces) else max(piece.rows.stop for piece in pieces)
     mask = torch.zeros(rows, 1, queries, keys, dtype=torch.bool, device=device)
     for piece in pieces:
@@ -62,7 +62,7 @@ def by_piece(
     values: Tensor,
     attend: Callable[[Tensor, Tensor, Tensor, Piece], Tensor],
 ) -> Tensor:
-    """Return (batch, heads, time, dim) by a call of `attend` for each piece.
+    """(batch, heads, time, dim) by a call of `attend` for each piece.
 
     The pieces of each row of the batch stand in the order of its queries and leave none out; rows come in order.
     """
@@ -118,7 +118,7 @@ def documents(
 
 
 def worthwhile(pieces: Sequence[Piece], rows: int, queries: int, keys: int) -> bool:
-    """Return whether the pieces cost less than half of the scores of the whole."""
+    """Whether the pieces cost less than half of the scores of the whole."""
     cost = sum(
         CALL
         + (rows if piece.rows == slice(None) else piece.rows.stop - piece.rows.start)
@@ -126,4 +126,5 @@ def worthwhile(pieces: Sequence[Piece], rows: int, queries: int, keys: int) -> b
         * (piece.keys.stop - piece.keys.start)
         for piece in pieces
     )
-    return 2 * cost < rows * queries * keys
+    out: bool = 2 * cost < rows * queries * keys
+    return out

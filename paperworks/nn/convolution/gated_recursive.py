@@ -35,7 +35,7 @@ class GRConv(Mixer):
             raise ValueError(f"GRConv.hidden must be at least 1, got {self.hidden}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return GRConvModule(dim, self)
 
 
@@ -50,7 +50,7 @@ class EdgeCache(MixerCache):
         self.edge = self.edge.index_select(0, rows)
 
     def bytes(self) -> int:
-        """Return the memory held, in bytes: it grows with the tokens seen."""
+        """The memory held, in bytes: it grows with the tokens seen."""
         return self.edge.nbytes
 
 
@@ -67,18 +67,21 @@ class GRConvModule(nn.Module):
         self.output = nn.Linear(self.width, dim) if self.width != dim else None
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> EdgeCache:
-        """Return an empty pyramid."""
+        """An empty pyramid."""
         return EdgeCache(torch.empty(batch, 0, self.width, dtype=dtype, device=device))
 
     def merge(self, left: Float[Tensor, "... hidden"], right: Float[Tensor, "... hidden"]) -> Tensor:
-        """Return the vectors of spans from those of the two spans in each that are one token shorter."""
+        """The vectors of spans from those of the two spans in each that are one token shorter."""
         given, weights = (self.left(left) + self.right(right)).split((self.width, 3), -1)
         gates = self.gates(torch.softmax(weights, -1))
         merged, keep_left, keep_right = gates.unbind(-1)
-        return merged[..., None] * torch.tanh(given) + keep_left[..., None] * left + keep_right[..., None] * right
+        out: Tensor = (
+            merged[..., None] * torch.tanh(given) + keep_left[..., None] * left + keep_right[..., None] * right
+        )
+        return out
 
     def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
-        """Return the vector of all tokens of the segment up to each one."""
+        """The vector of all tokens of the segment up to each one."""
         if placement.cache is not None and not isinstance(placement.cache, EdgeCache):
             raise TypeError(f"GRConv was given a {type(placement.cache).__name__}: the cache is another model's")
         leaves = self.input(x)

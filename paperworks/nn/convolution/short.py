@@ -38,7 +38,7 @@ class ShortConvolution(Mixer):
             raise ValueError(f"ShortConvolution.kernel must be odd to have a middle, got {self.kernel}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return ShortConvolutionModule(dim, self)
 
 
@@ -51,7 +51,7 @@ class ShortConvolutionModule(nn.Module):
         self.convolution = CausalConvolution(dim, spec.kernel)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return the window before the first token. Raises ValueError where tokens see those after them."""
+        """The window before the first token. Raises ValueError where tokens see those after them."""
         if not self.spec.causal:
             raise ValueError("ShortConvolution(causal=False) sees the tokens after, so it cannot decode: causal=True")
         return StateCache(window=self.convolution.new_window(batch, dtype, device))
@@ -61,6 +61,7 @@ class ShortConvolutionModule(nn.Module):
         if not self.spec.causal:
             return self._both_ways(x, placement.segments)
         cache = state_of(placement)
+        out: Tensor
         out, window = self.convolution(x, None if cache is None else cache["window"], placement.begins())
         if cache is not None:
             cache["window"] = window

@@ -20,7 +20,7 @@ class Maxout(Feedforward):
             raise ValueError(f"Maxout.pieces must be at least 2, got {self.pieces}: of one piece there is no maximum")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return MaxoutModule(dim, self)
 
 
@@ -34,4 +34,5 @@ class MaxoutModule(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
         """Apply the units to each position."""
-        return self.linear(x).unflatten(-1, (-1, self.pieces)).amax(-1)
+        out: Tensor = self.linear(x).unflatten(-1, (-1, self.pieces)).amax(-1)
+        return out

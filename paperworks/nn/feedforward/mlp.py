@@ -32,7 +32,7 @@ class Feedforward(Part):
     """What works on each position: `build(dim)` gives a module (batch, time, dim) -> (batch, time, dim)."""
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -49,7 +49,7 @@ class MLP(Feedforward):
         _check_hidden(self.hidden, "MLP")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return MLPModule(dim, self)
 
 
@@ -69,12 +69,12 @@ class GatedMLP(Feedforward):
         _check_hidden(self.hidden, "GatedMLP")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return GatedMLPModule(dim, self)
 
 
 def gated_hidden(hidden: int, multiple: int = 1) -> int:
-    """Return the hidden units with which a gated MLP has the parameters of an MLP of `hidden` units: 2/3 of them.
+    """The hidden units with which a gated MLP has the parameters of an MLP of `hidden` units: 2/3 of them.
 
     A gated MLP has three matrices where the MLP has two (Shazeer 2020, Section 2). The nearest multiple of `multiple`,
     at least one. Raises ValueError unless both are at least 1.
@@ -102,7 +102,8 @@ class MLPModule(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
         """Apply the MLP to each position."""
-        return self.down(self.hidden(self.activation(self.up(x))))
+        out: Tensor = self.down(self.hidden(self.activation(self.up(x))))
+        return out
 
 
 class GatedMLPModule(nn.Module):
@@ -118,4 +119,5 @@ class GatedMLPModule(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
         """Apply the gated MLP to each position."""
-        return self.down(self.hidden(self.activation(self.gate(x)) * self.up(x)))
+        out: Tensor = self.down(self.hidden(self.activation(self.gate(x)) * self.up(x)))
+        return out

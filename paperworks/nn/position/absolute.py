@@ -29,7 +29,7 @@ class AbsolutePositions(Spec):
             raise ValueError(f"{type(self).__name__}.length must be at least 1, got {self.length}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for embeddings of `dim` numbers."""
+        """The module for embeddings of `dim` numbers."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -40,7 +40,7 @@ class LearnedPositions(AbsolutePositions):
     length: int  # a table ends somewhere
 
     def build(self, dim: int) -> nn.Module:
-        """Return the table as a module."""
+        """The table as a module."""
         return LearnedPositionTable(self.length, dim)
 
 
@@ -76,11 +76,11 @@ class SinusoidalPositions(AbsolutePositions):
     layout: Literal["interleaved", "halves"] = "interleaved"
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module; raises `ValueError` for an odd `dim`."""
+        """The module; raises `ValueError` for an odd `dim`."""
         return Sinusoids(dim, self)
 
     def table(self, positions: Int[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape dim"]:
-        """Return the vectors of these positions, in float64."""
+        """The vectors of these positions, in float64."""
         if dim % 2:
             raise ValueError(f"SinusoidalPositions needs an even dim, a sine and a cosine each, got {dim}")
         rates = self.base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)

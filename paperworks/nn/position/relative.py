@@ -26,7 +26,7 @@ class RelativePosition(Spec):
     """
 
     def build(self, heads: int, head_dim: int) -> RelativeModule:
-        """Return the module for so many heads."""
+        """The module for so many heads."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -39,29 +39,29 @@ class RelativeModule(nn.Module):
     def scores(
         self, queries: Float[Tensor, "batch heads query head_dim"], distance: Int[Tensor, "query key"]
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return what is added to the scaled scores."""
+        """What is added to the scaled scores."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds to scores")
 
     def values(
         self, pattern: Float[Tensor, "batch heads query key"], distance: Int[Tensor, "query key"]
     ) -> Float[Tensor, "batch heads query head_dim"]:
-        """Return what is added to the heads' outputs."""
+        """What is added to the heads' outputs."""
         raise NotImplementedError(f"{type(self).__name__} adds nothing to the values")
 
     def shares(self) -> object | None:
-        """Return what identifies this module's scores within one forward call, or None if they are its own."""
+        """What identifies this module's scores within one forward call, or None if they are its own."""
         return None
 
 
 def alibi_slopes(heads: int) -> Float[Tensor, " heads"]:
-    """Return ALiBi's slope of each head: 2^(-8k/h), k = 1 .. h, for a power of two.
+    """ALiBi's slope of each head: 2^(-8k/h), k = 1 .. h, for a power of two.
 
     Otherwise the slopes of the power of two below, followed by every second slope of the power of two above.
     """
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     power = 2 ** math.floor(math.log2(heads))
-    slopes = 2.0 ** (-8.0 * torch.arange(1, power + 1) / power)
+    slopes: Tensor = 2.0 ** (-8.0 * torch.arange(1, power + 1) / power)
     if power == heads:
         return slopes
     between = 2.0 ** (-8.0 * torch.arange(1, 2 * power + 1) / (2 * power))
@@ -76,7 +76,7 @@ class ALiBi(RelativePosition):
     """
 
     def build(self, heads: int, head_dim: int) -> RelativeModule:
-        """Return the module for so many heads."""
+        """The module for so many heads."""
         return ALiBiModule(heads)
 
 
@@ -93,7 +93,7 @@ class ALiBiModule(RelativeModule):
         return ("alibi", self.heads)
 
     def scores(self, queries: Tensor, distance: Tensor) -> Tensor:
-        """Return -slope * |distance|."""
+        """-slope * |distance|."""
         if distance.device not in self._slopes:
             self._slopes[distance.device] = alibi_slopes(self.heads).to(distance.device)
         wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
@@ -104,7 +104,7 @@ class ALiBiModule(RelativeModule):
 def bucket(
     distance: Int[Tensor, "*shape"], buckets: int = 32, max_distance: int = 128, *, bidirectional: bool = True
 ) -> Int[Tensor, "*shape"]:
-    """Return T5's bucket of each distance = key - query.
+    """T5's bucket of each distance = key - query.
 
     Half of the buckets (bidirectional) are for later keys. Of the B that remain, B/2 are for one distance each, the
     others widen logarithmically up to `max_distance`, beyond which all fall into the last.
@@ -152,7 +152,7 @@ class RelativeBuckets(RelativePosition):
             )
 
     def build(self, heads: int, head_dim: int) -> RelativeModule:
-        """Return the module for so many heads."""
+        """The module for so many heads."""
         return RelativeBucketTable(heads, self)
 
 
@@ -169,7 +169,7 @@ class RelativeBucketTable(RelativeModule):
         return id(self.weight) if self.spec.shared else None
 
     def scores(self, queries: Tensor, distance: Tensor) -> Tensor:
-        """Return the table's rows for these distances."""
+        """The table's rows for these distances."""
         spec = self.spec
         rows = bucket(distance, spec.buckets, spec.max_distance, bidirectional=spec.bidirectional)
         return self.weight[rows].permute(2, 0, 1)[None].to(queries.dtype)
@@ -213,7 +213,7 @@ class RelativeVectors(RelativePosition):
             raise ValueError("RelativeVectors needs keys or values; without both there is no position")
 
     def build(self, heads: int, head_dim: int) -> RelativeModule:
-        """Return the module for heads of `head_dim` channels."""
+        """The module for heads of `head_dim` channels."""
         return RelativeVectorTables(head_dim, self)
 
 
@@ -238,14 +238,15 @@ class RelativeVectorTables(RelativeModule):
         return distance.clamp(-self.reach, self.reach) + self.reach
 
     def scores(self, queries: Tensor, distance: Tensor) -> Tensor:
-        """Return query . wK[distance] * head_dim^-0.5."""
+        """Query . wK[distance] * head_dim^-0.5."""
         if self.key is None:
             return queries.new_zeros(1, 1, *distance.shape)
         by_row = queries @ self.key.t() * self.scale
-        return by_row.gather(-1, self._rows(distance).expand(*by_row.shape[:2], -1, -1))
+        out: Tensor = by_row.gather(-1, self._rows(distance).expand(*by_row.shape[:2], -1, -1))
+        return out
 
     def values(self, pattern: Tensor, distance: Tensor) -> Tensor:
-        """Return sum_j pattern_j wV[distance_j]."""
+        """sum_j pattern_j wV[distance_j]."""
         assert self.value is not None
         rows = self._rows(distance).expand_as(pattern)
         weights = pattern.new_zeros(*pattern.shape[:3], len(self.value)).scatter_add(-1, rows, pattern)

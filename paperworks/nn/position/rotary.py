@@ -17,11 +17,11 @@ class RoPEScaling(Spec):
     """How rotary frequencies are changed to reach beyond the trained length."""
 
     def frequencies(self, rope: "RoPE", dim: int, length: int) -> Float[Tensor, " half"]:
-        """Return dim / 2 angular frequencies (radians per position) for sequences of at most `length` tokens."""
+        """Dim / 2 angular frequencies (radians per position) for sequences of at most `length` tokens."""
         raise NotImplementedError(f"{type(self).__name__} does not say its frequencies")
 
     def amplitude(self) -> float:
-        """Return the factor on cosines and sines."""
+        """The factor on cosines and sines."""
         return 1.0
 
 
@@ -75,17 +75,17 @@ class RoPE(Rotary):
         return dim
 
     def unscaled(self, dim: int) -> Float[Tensor, " half"]:
-        """Return base^(-2i/dim) for i = 0 .. dim/2 - 1."""
+        """base^(-2i/dim) for i = 0 .. dim/2 - 1."""
         return 1.0 / self.base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
     def frequencies(self, dim: int, length: int = 0) -> Float[Tensor, " half"]:
-        """Return the frequencies in radians per position, scaled for sequences of at most `length` tokens."""
+        """The frequencies in radians per position, scaled for sequences of at most `length` tokens."""
         return self.unscaled(dim) if self.scaling is None else self.scaling.frequencies(self, dim, length)
 
     def table(
         self, positions: Int[Tensor, "batch time"], dim: int, length: int, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "batch 1 time dim"], Float[Tensor, "batch 1 time dim"]]:
-        """Return (cosines, signed sines), angles computed in float32: half precision fails beyond position 256."""
+        """(cosines, signed sines), angles computed in float32: half precision fails beyond position 256."""
         frequencies = self.frequencies(dim, length).to(positions.device)
         angles = positions.float()[:, None, :, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
@@ -117,7 +117,8 @@ class RoPE(Rotary):
         """(Cosines, signed sines) for the tokens of a placement, computed once for all layers."""
         key = ("rope", self, head_dim, dtype)
         if key in placement.memo:
-            return placement.memo[key]
+            out: tuple[Tensor, Tensor] = placement.memo[key]
+            return out
         dim = self.rotated(head_dim)
         assert placement.positions is not None
         if placement.default_positions and placement.horizon > placement.time:  # decoding: the cache keeps the table
@@ -144,7 +145,7 @@ class LinearScaling(RoPEScaling):
         _check_factor(self.factor, self)
 
     def frequencies(self, rope: RoPE, dim: int, length: int) -> Tensor:
-        """Return frequency / factor."""
+        """Frequency / factor."""
         return rope.unscaled(dim) / self.factor
 
 
@@ -159,7 +160,7 @@ class NTKScaling(RoPEScaling):
         _check_factor(self.factor, self)
 
     def frequencies(self, rope: RoPE, dim: int, length: int) -> Tensor:
-        """Return the frequencies of the enlarged base."""
+        """The frequencies of the enlarged base."""
         return _enlarged_base(rope, dim, self.factor)
 
 
@@ -179,7 +180,7 @@ class DynamicNTKScaling(RoPEScaling):
         _check_factor(self.factor, self)
 
     def frequencies(self, rope: RoPE, dim: int, length: int) -> Tensor:
-        """Return the frequencies of the base enlarged for `length` tokens."""
+        """The frequencies of the base enlarged for `length` tokens."""
         if length <= self.trained_length:
             return rope.unscaled(dim)
         return _enlarged_base(rope, dim, self.factor * length / self.trained_length - (self.factor - 1))
@@ -203,7 +204,7 @@ class YaRNScaling(RoPEScaling):
         _check_factor(self.factor, self)
 
     def frequencies(self, rope: RoPE, dim: int, length: int) -> Tensor:
-        """Return the mixture of kept and interpolated frequencies."""
+        """The mixture of kept and interpolated frequencies."""
 
         def channel(turns: float) -> float:
             return dim * math.log(self.trained_length / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
@@ -217,7 +218,7 @@ class YaRNScaling(RoPEScaling):
         return kept / self.factor * ramp + kept * (1 - ramp)
 
     def amplitude(self) -> float:
-        """Return 0.1 ln(factor) + 1."""
+        """0.1 ln(factor) + 1."""
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
@@ -237,7 +238,7 @@ class Llama3Scaling(RoPEScaling):
             raise ValueError(f"Llama3Scaling.high must exceed low, got high={self.high} and low={self.low}")
 
     def frequencies(self, rope: RoPE, dim: int, length: int) -> Tensor:
-        """Return the frequencies, continuous in the wavelength at both cut-offs."""
+        """The frequencies, continuous in the wavelength at both cut-offs."""
         kept = rope.unscaled(dim)
         wavelength = 2 * math.pi / kept
         blend = ((self.trained_length / wavelength - self.low) / (self.high - self.low)).clamp(0, 1)
@@ -256,7 +257,7 @@ class LongRoPEScaling(RoPEScaling):
     extended_length: int
 
     def frequencies(self, rope: RoPE, dim: int, length: int) -> Tensor:
-        """Return the frequencies divided by the list that fits `length`."""
+        """The frequencies divided by the list that fits `length`."""
         factors = self.long if length > self.trained_length else self.short
         if len(factors) != dim // 2:
             raise ValueError(f"LongRoPEScaling needs one factor for each of {dim // 2} pairs, got {len(factors)}")
@@ -266,7 +267,7 @@ class LongRoPEScaling(RoPEScaling):
         )
 
     def amplitude(self) -> float:
-        """Return sqrt(1 + ln(extension) / ln(trained_length))."""
+        """sqrt(1 + ln(extension) / ln(trained_length))."""
         extension = self.extended_length / self.trained_length
         return 1.0 if extension <= 1 else math.sqrt(1 + math.log(extension) / math.log(self.trained_length))
 
@@ -278,4 +279,5 @@ def _check_factor(factor: float, scaling: RoPEScaling) -> None:
 
 def _enlarged_base(rope: RoPE, dim: int, factor: float) -> Tensor:
     base = rope.base * factor ** (dim / (dim - 2))
-    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    out: Tensor = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return out

@@ -35,7 +35,7 @@ class RecurrentMixer(Mixer):
             raise ValueError(f"{type(self).__name__}.hidden must be at least 1, got {self.hidden}")
 
     def width(self, dim: int) -> int:
-        """Return the width of the state in a model of width `dim`."""
+        """The width of the state in a model of width `dim`."""
         return dim if self.hidden is None else self.hidden
 
 
@@ -46,7 +46,7 @@ class Elman(RecurrentMixer):
     activation: Literal["tanh", "sigmoid", "relu"] = "tanh"
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return ElmanModule(dim, self)
 
 
@@ -73,7 +73,7 @@ class LSTM(RecurrentMixer):
             raise ValueError("LSTM takes peepholes or layer_norm: with both, nobody has said where the norms stand")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return LSTMModule(dim, self)
 
 
@@ -88,7 +88,7 @@ class GRU(RecurrentMixer):
     reset: Literal["before", "after"] = "before"
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return GRUModule(dim, self)
 
 
@@ -118,7 +118,7 @@ class RecurrentModule(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return the state before the first token: zeros, whatever `capacity`."""
+        """The state before the first token: zeros, whatever `capacity`."""
         return StateCache(**{name: torch.zeros(batch, self.width, dtype=dtype, device=device) for name in self.states})
 
     def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
@@ -144,18 +144,20 @@ class RecurrentModule(nn.Module):
             for name, part in zip(self.states, state, strict=True):
                 cache[name] = part
         out = self.state(out)
-        return out if self.output is None else self.output(out)
+        result: Tensor = out if self.output is None else self.output(out)
+        return result
 
     def project(self, x: Tensor) -> Tensor:
-        """Return what the gates get from the inputs, (batch, time, gates * width)."""
-        return self.input(x)
+        """What the gates get from the inputs, (batch, time, gates * width)."""
+        out: Tensor = self.input(x)
+        return out
 
     def step(self, given: Tensor, state: State) -> State:
-        """Return the state after one token."""
+        """The state after one token."""
         raise NotImplementedError(f"{type(self).__name__} does not say its step")
 
     def fused(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
-        """Return outputs and state by torch's kernel; None where it has none."""
+        """Outputs and state by torch's kernel; None where it has none."""
         return None
 
     def _weights(self) -> list[Tensor]:
@@ -175,11 +177,11 @@ class ElmanModule(RecurrentModule):
         self.activation = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}[spec.activation]
 
     def step(self, given: Tensor, state: State) -> State:
-        """Return the state after one token."""
+        """The state after one token."""
         return (self.activation(given + self.recurrent(state[0])),)
 
     def fused(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
-        """Return outputs and state by torch's kernel for tanh and relu."""
+        """Outputs and state by torch's kernel for tanh and relu."""
         kernel = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}.get(self.spec.activation)
         if kernel is None:
             return None
@@ -219,13 +221,14 @@ class LSTMModule(RecurrentModule):
             self.peephole.zero_()
 
     def project(self, x: Tensor) -> Tensor:
-        """Return what the gates get from the inputs."""
+        """What the gates get from the inputs."""
         if not self.spec.layer_norm:
-            return self.input(x)
-        return self.input_norm(F.linear(x, self.input.weight)) + self.gate_bias
+            return super().project(x)
+        out: Tensor = self.input_norm(F.linear(x, self.input.weight)) + self.gate_bias
+        return out
 
     def step(self, given: Tensor, state: State) -> State:
-        """Return the state after one token."""
+        """The state after one token."""
         hidden, cell = state
         back = self.recurrent(hidden)
         if self.spec.layer_norm:
@@ -240,7 +243,7 @@ class LSTMModule(RecurrentModule):
         return torch.sigmoid(leave) * torch.tanh(shown), cell
 
     def fused(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
-        """Return outputs and state by torch's kernel, where nothing but the plain LSTM is asked for."""
+        """Outputs and state by torch's kernel, where nothing but the plain LSTM is asked for."""
         if self.peephole is not None or self.spec.layer_norm or self.cell.listened:
             return None
         before = [part[None] for part in state]
@@ -257,7 +260,7 @@ class GRUModule(RecurrentModule):
             self.initialize(Context())
 
     def step(self, given: Tensor, state: State) -> State:
-        """Return the state after one token."""
+        """The state after one token."""
         (hidden,) = state
         if self.spec.reset == "after":
             back = self.recurrent(hidden).chunk(3, -1)
@@ -271,7 +274,7 @@ class GRUModule(RecurrentModule):
         return (keep * hidden + (1 - keep) * new,)
 
     def fused(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
-        """Return outputs and state by torch's kernel, which has the second form only."""
+        """Outputs and state by torch's kernel, which has the second form only."""
         if self.spec.reset == "before":
             return None
         out, last = torch.gru(x, state[0][None], self._weights(), True, 1, 0.0, self.training, False, True)

@@ -40,8 +40,9 @@ class Documents:
 
     def gather(self, laid: Tensor) -> Tensor:
         """Bring (count, width, ...) back to (batch, time, ...)."""
-        return laid[self._document, self._place].unflatten(0, self.shape)
+        out: Tensor = laid[self._document, self._place].unflatten(0, self.shape)
+        return out
 
     def filled(self, width: int | None = None) -> Bool[Tensor, "count width"]:
-        """Return which places hold a token."""
+        """Which places hold a token."""
         return self.spread(torch.ones(self.shape, dtype=torch.bool, device=self.row.device), width)

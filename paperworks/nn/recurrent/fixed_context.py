@@ -33,7 +33,7 @@ class FixedContext(Mixer):
             raise ValueError(f"FixedContext.context_dim must be at least 1, got {self.context_dim}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return FixedContextModule(dim, self)
 
 
@@ -52,7 +52,7 @@ class SummaryCache(MixerCache):
             self.segments = self.segments.index_select(0, rows)
 
     def bytes(self) -> int:
-        """Return the memory held, in bytes: whatever the length of what was read, unless rows are packed."""
+        """The memory held, in bytes: whatever the length of what was read, unless rows are packed."""
         return 0 if self.said is None else self.said.nbytes
 
 
@@ -66,11 +66,11 @@ class FixedContextModule(nn.Module):
         self.summary = residual_output(nn.Linear(source, dim, bias=False))
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> SummaryCache:
-        """Return an empty cache, which the first call fills."""
+        """An empty cache, which the first call fills."""
         return SummaryCache()
 
     def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
-        """Return what the summary says at each token. Raises `ValueError` without a context, or for another width."""
+        """What the summary says at each token. Raises `ValueError` without a context, or for another width."""
         cache = placement.cache if isinstance(placement.cache, SummaryCache) else None
         if cache is not None and cache.said is not None:
             said, segments = cache.said, cache.segments

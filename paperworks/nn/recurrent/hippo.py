@@ -14,7 +14,7 @@ Real = torch.float64
 
 
 def legs(state: int) -> tuple[Float[Tensor, "state state"], Float[Tensor, " state"]]:
-    """Return A and B in float64: A_nk = -sqrt((2n + 1)(2k + 1)) for n > k, -(n + 1) for n = k; B_n = sqrt(2n + 1).
+    """A and B in float64: A_nk = -sqrt((2n + 1)(2k + 1)) for n > k, -(n + 1) for n = k; B_n = sqrt(2n + 1).
 
     t c' = A c + B u keeps c_n = integral over s of u(ts) sqrt(2n + 1) P_n(2s - 1), s from 0 to 1: the coefficients of
     the past in Legendre polynomials. c' = A c + B u, as S4 has it, weighs the past by e^-age: its impulse response is
@@ -27,7 +27,7 @@ def legs(state: int) -> tuple[Float[Tensor, "state state"], Float[Tensor, " stat
 
 
 def legendre(state: int, points: Float[Tensor, " points"]) -> Float[Tensor, "state points"]:
-    """Return sqrt(2n + 1) P_n(2s - 1), orthonormal on s in [0, 1], for n = 0 .. state - 1."""
+    """sqrt(2n + 1) P_n(2s - 1), orthonormal on s in [0, 1], for n = 0 .. state - 1."""
     x = 2 * points - 1
     rows = [torch.ones_like(x), x]
     for n in range(1, state - 1):
@@ -40,7 +40,7 @@ Modes = tuple[Complex[Tensor, " half"], Complex[Tensor, " half"], Complex[Tensor
 
 
 def legs_modes(state: int) -> Modes:
-    """Return (Lambda, P, B) of LegS where A = V (Lambda - P P*) V*: one of each conjugate pair, complex128.
+    """(Lambda, P, B) of LegS where A = V (Lambda - P P*) V*: one of each conjugate pair, complex128.
 
     P_n = sqrt(n + 1/2): A + P P^T is -1/2 plus a skew-symmetric matrix, so it is normal. Raises `ValueError` for an odd
     or empty state.
@@ -51,7 +51,7 @@ def legs_modes(state: int) -> Modes:
 
 
 def random_modes(state: int, draws: torch.Generator | None = None) -> Modes:
-    """Return the same three of a random Gaussian system of this form, stable: what S4 is compared with.
+    """The same three of a random Gaussian system of this form, stable: what S4 is compared with.
 
     A = (G - G^T) / sqrt(2 state) - 1/2 - P P^T, with G, P and B drawn from N(0, 1); only the numbers differ from LegS.
     """

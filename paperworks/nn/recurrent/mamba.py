@@ -53,7 +53,7 @@ class Mamba(Mixer):
             raise ValueError(f"Mamba.rank must be at least 1, got {self.rank}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return MambaModule(dim, self)
 
 
@@ -103,7 +103,7 @@ class MambaModule(nn.Module):
                 vector.normal_()
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return the state before the first token; its size does not depend on `capacity`."""
+        """The state before the first token; its size does not depend on `capacity`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return StateCache(
             window=self.convolution.new_window(batch, dtype, device),
@@ -131,10 +131,11 @@ class MambaModule(nn.Module):
         if cache is not None:
             cache["window"], cache["state"] = window, state
         scanned = self.scanned(scanned + inner * self.skip.to(wide)).to(x.dtype)
-        return self.output(scanned * F.silu(gate))
+        result: Tensor = self.output(scanned * F.silu(gate))
+        return result
 
     def _select(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Delta (batch, time, channels), B and C (batch, time, state)."""
+        """Delta (batch, time, channels), B and C (batch, time, state)."""
         if self.spec.selective:
             low, into, out = self.select(inner).split((self.rank, self.spec.state, self.spec.state), -1)
             return self.delta(F.softplus(self.step(low))), into, out
@@ -152,7 +153,7 @@ def selective_scan(
     initial: Float[Tensor, "batch channels state"] | None = None,
     begins: Bool[Tensor, "batch time"] | None = None,
 ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels state"]]:
-    """Return y_t = C_t h_t of h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t, and the last state.
+    """y_t = C_t h_t of h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t, and the last state.
 
     Args:
         x, delta: inputs and steps; decay: A, negative; into, out: B and C.
@@ -169,12 +170,12 @@ def selective_scan(
         factors, drive = _discretized(x, delta, decay, into, keeps)
         states = doubling_recurrence(factors, drive, initial)
         return torch.einsum("btcn,btn->btc", states, out), states[:, -1]
-    scanned: tuple[Tensor, Tensor] = _Scan.apply(x, delta, decay, into, out, initial, keeps)
+    scanned: tuple[Tensor, Tensor] = _Scan.apply(x, delta, decay, into, out, initial, keeps)  # type: ignore[no-untyped-call]
     return scanned
 
 
 def _discretized(x: Tensor, delta: Tensor, decay: Tensor, into: Tensor, keeps: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return exp(Delta A), zero where a segment begins, and Delta B x: (..., channels, state)."""
+    """exp(Delta A), zero where a segment begins, and Delta B x: (..., channels, state)."""
     factors = torch.exp(delta[..., None] * decay)
     if keeps is not None:
         factors = factors * keeps[..., None, None]
@@ -237,7 +238,7 @@ def _pieces(time: int) -> list[slice]:
 def _states(
     x: Tensor, delta: Tensor, decay: Tensor, into: Tensor, kept: Tensor | None, piece: slice, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors of one piece and its states, (time, batch, channels, state)."""
+    """The factors of one piece and its states, (time, batch, channels, state)."""
     factors, states = _discretized(x[piece], delta[piece], decay, into[piece], None if kept is None else kept[piece])
     for factor, new in zip(factors.unbind(0), states.unbind(0), strict=True):
         state = new.addcmul_(factor, state)

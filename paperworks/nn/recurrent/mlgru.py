@@ -36,12 +36,12 @@ class MLGRU(Mixer):
             raise ValueError(f"MLGRU.lower_bound must be in [0, 1), got {self.lower_bound}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return MLGRUModule(dim, self)
 
 
 def layer_bounds(weights: Float[Tensor, "layers dim"]) -> Float[Tensor, "layers dim"]:
-    """Return HGRN's lower bounds of the forget gates: 0 in the first layer, rising with depth, below 1.
+    """HGRN's lower bounds of the forget gates: 0 in the first layer, rising with depth, below 1.
 
     cumsum(softmax(Gamma over layers)) minus its first row (Qin et al. 2023, arXiv:2311.04823).
     """
@@ -51,7 +51,7 @@ def layer_bounds(weights: Float[Tensor, "layers dim"]) -> Float[Tensor, "layers 
 
 
 def forget_bounds(depth: int) -> list[float]:
-    """Return `layer_bounds` for equal weights, as numbers: l / depth in layer l."""
+    """`layer_bounds` for equal weights, as numbers: l / depth in layer l."""
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     return [layer / depth for layer in range(depth)]
@@ -79,7 +79,7 @@ class MLGRUModule(nn.Module):
         self.output = residual_output(nn.Linear(dim, dim, bias=False))
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return the state before the first token: zeros, whatever `capacity`."""
+        """The state before the first token: zeros, whatever `capacity`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return StateCache(state=torch.zeros(batch, self.dim, dtype=wide, device=device))
 
@@ -91,7 +91,7 @@ class MLGRUModule(nn.Module):
             layer.place, layer.peers = place, tuple(learned)
 
     def lower_bound(self) -> float | Float[Tensor, " dim"]:
-        """Return what a forget gate is at least: one number, or one a channel."""
+        """What a forget gate is at least: one number, or one a channel."""
         if self.spec.lower_bound != "learned":
             return self.spec.lower_bound
         rows: list[Tensor] = [layer.bound for layer in self.peers if layer.bound is not None]
@@ -110,6 +110,6 @@ class MLGRUModule(nn.Module):
         if cache is not None:
             cache["state"] = states[:, -1]
         shown, gate = self.state(states).to(x.dtype), self.gate(x)
-        if self.norm is None:
-            return self.output(torch.sigmoid(gate) * shown)
-        return self.output(self.norm(gate) * F.silu(shown))
+        mixed = torch.sigmoid(gate) * shown if self.norm is None else self.norm(gate) * F.silu(shown)
+        out: Tensor = self.output(mixed)
+        return out

@@ -20,7 +20,7 @@ class StateCache(MixerCache):
         self.states = states
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return one state."""
+        """One state."""
         return self.states[name]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
@@ -32,12 +32,12 @@ class StateCache(MixerCache):
         self.states = {name: state.index_select(0, rows) for name, state in self.states.items()}
 
     def bytes(self) -> int:
-        """Return the memory held, in bytes."""
+        """The memory held, in bytes."""
         return sum(state.nbytes for state in self.states.values())
 
 
 def state_of(placement: Placement) -> StateCache | None:
-    """Return the placement's cache as a recurrent mixer's. Raises `TypeError` for another mixer's cache."""
+    """The placement's cache as a recurrent mixer's. Raises `TypeError` for another mixer's cache."""
     if placement.cache is not None and not isinstance(placement.cache, StateCache):
         raise TypeError(f"a recurrent mixer was given a {type(placement.cache).__name__}: the cache is another model's")
     return placement.cache
@@ -48,7 +48,7 @@ def before(
     last: Float[Tensor, "batch dim"] | None,
     begins: Bool[Tensor, "batch time"] | None,
 ) -> Float[Tensor, "batch time dim"]:
-    """Return each token's predecessor: `last` before the first one, zeros where a segment begins."""
+    """Each token's predecessor: `last` before the first one, zeros where a segment begins."""
     first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
     shifted = torch.cat((first, x[:, :-1]), 1)
     return shifted if begins is None else shifted.masked_fill(begins[..., None], 0.0)
@@ -81,7 +81,7 @@ class CausalConvolution(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def new_window(self, batch: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch window dim"]:
-        """Return the inputs before the first token: zeros (batch, width - 1, dim)."""
+        """The inputs before the first token: zeros (batch, width - 1, dim)."""
         return torch.zeros(batch, self.width - 1, self.weight.shape[0], dtype=dtype, device=device)
 
     def forward(
@@ -90,7 +90,7 @@ class CausalConvolution(nn.Module):
         window: Float[Tensor, "batch window dim"] | None = None,
         begins: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch window dim"]]:
-        """Return the outputs, and the window that the next tokens go on from."""
+        """The outputs, and the window that the next tokens go on from."""
         reach = self.width - 1
         if window is None:
             window = self.new_window(x.shape[0], x.dtype, x.device)
@@ -122,7 +122,7 @@ def linear_recurrence(
     drive: Float[Tensor, "batch time *state"],
     initial: Float[Tensor, "*batch_and_state"] | None = None,
 ) -> Float[Tensor, "batch time *state"]:
-    """Return every h_t = decay_t * h_{t-1} + drive_t, elementwise, h_{-1} = `initial` or 0.
+    """Every h_t = decay_t * h_{t-1} + drive_t, elementwise, h_{-1} = `initial` or 0.
 
     One step after the other on a CPU, by doubling (log2 time passes) elsewhere; both give the derivatives of all
     three arguments. To begin anew at a token, set its decay to 0.
@@ -133,7 +133,7 @@ def linear_recurrence(
         initial = torch.zeros_like(drive[:, 0])
     if drive.device.type != "cpu":
         return doubling_recurrence(decay, drive, initial)
-    states: Tensor = _Recurrence.apply(decay, drive, initial)
+    states: Tensor = _Recurrence.apply(decay, drive, initial)  # type: ignore[no-untyped-call]
     return states
 
 
@@ -142,7 +142,7 @@ def doubling_recurrence(
     drive: Float[Tensor, "batch time *state"],
     initial: Float[Tensor, "*batch_and_state"],
 ) -> Float[Tensor, "batch time *state"]:
-    """Return the same by Hillis and Steele's scan of (a, b) o (a', b') = (a a', a' b + b'): log2(time) passes."""
+    """The same by Hillis and Steele's scan of (a, b) o (a', b') = (a a', a' b + b'): log2(time) passes."""
     states = torch.cat(((decay[:, :1] * initial[:, None] + drive[:, :1]), drive[:, 1:]), 1)
     factors, reach, time = decay, 1, drive.shape[1]
     while reach < time:

@@ -32,7 +32,7 @@ class RWKV(Mixer):
     """
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return TimeMix(dim)
 
 
@@ -52,7 +52,7 @@ class RWKVChannelMix(Mixer):
             raise ValueError(f"RWKVChannelMix.hidden must be at least 1, got {self.hidden}")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return ChannelMix(dim, 4 * dim if self.hidden is None else self.hidden)
 
 
@@ -64,7 +64,7 @@ def wkv(
     state: Float[Tensor, "batch three dim"] | None = None,
     begins: Bool[Tensor, "batch time"] | None = None,
 ) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch three dim"]]:
-    """Return the fading means of all values, and the state after the last token.
+    """The fading means of all values, and the state after the last token.
 
     Numerator a and denominator b are kept divided by e^p, p the largest exponent so far, so nothing overflows however
     large the keys are. p is no function of what is learned as far as the result goes: it cancels.
@@ -96,7 +96,7 @@ def wkv(
 
 @torch.no_grad()
 def _largest_exponents(key: Tensor, decay: Tensor, last: Tensor, begins: Tensor | None) -> Tensor:
-    """Return p_t = max(p_{t-1} - w, k_t)."""
+    """p_t = max(p_{t-1} - w, k_t)."""
     keys = key.transpose(0, 1).contiguous()
     found = torch.empty_like(keys)
     for step, (present, out) in enumerate(zip(keys.unbind(0), found.unbind(0), strict=True)):
@@ -144,7 +144,7 @@ class TimeMix(nn.Module):
         nn.init.orthogonal_(self.value.weight)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return an empty history; its size does not depend on `capacity`."""
+        """An empty history; its size does not depend on `capacity`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         dim = len(self.bonus)
         state = torch.zeros(batch, 3, dim, dtype=wide, device=device)
@@ -168,7 +168,8 @@ class TimeMix(nn.Module):
         )
         if cache is not None:
             cache["last"], cache["state"] = x[:, -1], state
-        return self.output(torch.sigmoid(receptance) * self.mean(mean).to(x.dtype))
+        out: Tensor = self.output(torch.sigmoid(receptance) * self.mean(mean).to(x.dtype))
+        return out
 
 
 class ChannelMix(nn.Module):
@@ -197,7 +198,7 @@ class ChannelMix(nn.Module):
         self.value.weight.zero_()
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return the token before the first: zeros."""
+        """The token before the first: zeros."""
         return StateCache(last=torch.zeros(batch, len(self.blend_key), dtype=dtype, device=device))
 
     def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
@@ -207,9 +208,10 @@ class ChannelMix(nn.Module):
         if cache is not None:
             cache["last"] = x[:, -1]
         hidden = self.hidden(torch.relu(self.key(_blend(x, last, self.blend_key))).square())
-        return torch.sigmoid(self.receptance(_blend(x, last, self.blend_receptance))) * self.value(hidden)
+        out: Tensor = torch.sigmoid(self.receptance(_blend(x, last, self.blend_receptance))) * self.value(hidden)
+        return out
 
 
 def _depths(layer: int, depth: int) -> float:
-    """Return l / (L - 1) of the paper's layer in a model of `depth` blocks, two a layer."""
+    """l / (L - 1) of the paper's layer in a model of `depth` blocks, two a layer."""
     return (layer // 2) / max(depth // 2 - 1, 1)

@@ -58,7 +58,7 @@ class S4(Mixer):
             )
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return S4Module(dim, self)
 
 
@@ -101,7 +101,7 @@ class S4Module(nn.Module):
             self.initialize(Context())
 
     def state_space_parameters(self) -> list[nn.Parameter]:
-        """Return what is trained at the state space's own rate."""
+        """What is trained at the state space's own rate."""
         return list(self.parameters(recurse=False))
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class S4Module(nn.Module):
             self.out.copy_(_pairs(_truncated(self._system(learned_is_truncated=False), spec.length)))
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> S4Cache:
-        """Return the state before the first token; its size does not depend on `capacity`."""
+        """The state before the first token; its size does not depend on `capacity`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return S4Cache(state=torch.zeros(batch, len(self.skip), self.spec.state, dtype=wide, device=device))
 
@@ -142,7 +142,7 @@ class S4Module(nn.Module):
         return F.glu(self.output(F.gelu(self.scanned(scanned).to(x.dtype))), -1)
 
     def kernel(self, time: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "dim time"]:
-        """Return K_0 .. K_{time-1} of every channel."""
+        """K_0 .. K_{time-1} of every channel."""
         step, decay, frequency, into = (
             part.to(dtype) for part in (self.log_step, self.log_decay, self.frequency, self.into)
         )
@@ -179,7 +179,7 @@ class S4Module(nn.Module):
         return torch.stack(shown).permute(2, 0, 1)
 
     def _system(self, learned_is_truncated: bool | None = None) -> System:
-        """Return the discrete system in float64; C is got back from C (I - Ab^length) where that is what is learned."""
+        """The discrete system in float64; C is got back from C (I - Ab^length) where that is what is learned."""
         if learned_is_truncated is None:
             learned_is_truncated = self.spec.kernel == "nplr"
         frequency, decay = self.frequency.double(), -torch.exp(self.log_decay.double())
@@ -209,13 +209,13 @@ def _stacked(pairs: Float[Tensor, "channels half 2"]) -> Float[Tensor, "channels
 
 
 def _truncated(system: System, length: int) -> Float[Tensor, "channels state"]:
-    """Return C (I - Ab^length), by which the spectrum of the endless kernel becomes that of its first tokens."""
+    """C (I - Ab^length), by which the spectrum of the endless kernel becomes that of its first tokens."""
     powers = torch.linalg.matrix_power(system.matrix, length)
     return system.out - torch.einsum("cn,cnm->cm", system.out, powers)
 
 
 def _truncated_diagonal(log_step: Tensor, log_decay: Tensor, frequency: Tensor, out: Tensor, length: int) -> Tensor:
-    """Return the same of a diagonal system, elementwise and as pairs: Ab = (1 + Delta L / 2) / (1 - Delta L / 2)."""
+    """The same of a diagonal system, elementwise and as pairs: Ab = (1 + Delta L / 2) / (1 - Delta L / 2)."""
     half_step = torch.exp(log_step)[:, None] / 2
     scaled = torch.complex(-torch.exp(log_decay) * half_step, frequency * half_step)
     powers = ((1 + scaled) / (1 - scaled)) ** length
@@ -223,7 +223,7 @@ def _truncated_diagonal(log_step: Tensor, log_decay: Tensor, frequency: Tensor, 
 
 
 def _pairs(out: Float[Tensor, "channels state"]) -> Float[Tensor, "channels half 2"]:
-    """Return the complex C (as pairs) of which `out` is twice the real part and minus twice the imaginary one."""
+    """The complex C (as pairs) of which `out` is twice the real part and minus twice the imaginary one."""
     real, imaginary = out.chunk(2, -1)
     return torch.stack((real / 2, -imaginary / 2), -1)
 
@@ -237,7 +237,7 @@ def kernel_by_spectrum(
     low_rank: Float[Tensor, "channels half 2"] | None,
     length: int,
 ) -> Float[Tensor, "channels length"]:
-    """Return the kernel from its generating function at the roots of unity (Algorithm 1): Cauchy products, Woodbury.
+    """The kernel from its generating function at the roots of unity (Algorithm 1): Cauchy products, Woodbury.
 
     Args:
         log_step: log Delta; log_decay, frequency: log of minus the real part of Lambda, and its imaginary part.
@@ -276,4 +276,5 @@ def kernel_by_spectrum(
     spectrum = sums[:, 0]
     if low_rank is not None:
         spectrum = spectrum - cosine * sums[:, 1] * sums[:, 2] / (1 + cosine * sums[:, 3])
-    return torch.fft.irfft(spectrum * torch.polar(torch.ones_like(angle), angle), n=length)
+    result: Tensor = torch.fft.irfft(spectrum * torch.polar(torch.ones_like(angle), angle), n=length)
+    return result

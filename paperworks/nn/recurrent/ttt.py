@@ -68,7 +68,7 @@ class TTT(Mixer):
             )
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return TTTModule(dim, self)
 
 
@@ -118,7 +118,7 @@ class TTTModule(nn.Module):
                 convolution.reset_parameters()
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> TTTCache:
-        """Return the state before the first token; its size does not depend on `capacity`."""
+        """The state before the first token; its size does not depend on `capacity`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         states = fresh_state(self._first(wide), batch)
         cache = TTTCache(place=torch.zeros(batch, dtype=torch.int64, device=device))
@@ -144,7 +144,8 @@ class TTTModule(nn.Module):
         mixed = self.norm(self.heads(out.flatten(2)).to(x.dtype))
         if self.gate is not None:
             mixed = F.gelu(self.gate(x), approximate="tanh") * mixed
-        return self.output(mixed)
+        result: Tensor = self.output(mixed)
+        return result
 
     def _queries_and_keys(self, x: Tensor, cache: StateCache | None, begins: Tensor | None) -> tuple[Tensor, Tensor]:
         query = self.query(x)
@@ -159,9 +160,10 @@ class TTTModule(nn.Module):
         return query, key
 
     def _rates(self, x: Tensor) -> Float[Tensor, "batch time heads"]:
-        """Return base * sigmoid(theta x) / size: eta of each token and head."""
+        """Base * sigmoid(theta x) / size: eta of each token and head."""
         base = BASE_RATES[self.spec.inner] if self.spec.base_rate is None else self.spec.base_rate
-        return self.rate(base / self.size * torch.sigmoid(self.rate_of(x)))
+        out: Tensor = self.rate(base / self.size * torch.sigmoid(self.rate_of(x)))
+        return out
 
     def _first(self, dtype: torch.dtype) -> State:
         return {name: parameter.to(dtype) for name, parameter in self.inner.items()}
@@ -222,7 +224,7 @@ class TTTModule(nn.Module):
         places: Int[Tensor, " tokens"],
         whole: Tensor | None,
     ) -> tuple[Float[Tensor, "rows tokens heads size"], State]:
-        """Return what the inner models say to the queries, and their state; `whole`: rows that come to the end."""
+        """What the inner models say to the queries, and their state; `whole`: rows that come to the end."""
         query, key, value = (part.transpose(1, 2) for part in parts)
         rope = RoPE(layout="interleaved")
         cos, sin = rope.table(places[None], rope.rotated(self.size), self.spec.mini_batch, query.dtype)

@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 def inner_weights(inner: str, heads: int, size: int) -> dict[str, nn.Parameter]:
-    """Return the parameters of the first inner model, not yet drawn: one layer, or two with four times the width."""
+    """The parameters of the first inner model, not yet drawn: one layer, or two with four times the width."""
     widths = (size, size) if inner == "linear" else (size, 4 * size, size)
     made: dict[str, nn.Parameter] = {}
     for layer, (before, after) in enumerate(pairwise(widths), 1):
@@ -30,7 +30,7 @@ def inner_weights(inner: str, heads: int, size: int) -> dict[str, nn.Parameter]:
 
 
 def fresh_state(first: State, rows: int) -> State:
-    """Return the state of so many rows before the first token."""
+    """The state of so many rows before the first token."""
     state = {name: weight.expand(rows, *weight.shape) for name, weight in first.items()}
     return state | {f"{name}.sum": torch.zeros_like(weight) for name, weight in state.items()}
 
@@ -44,11 +44,11 @@ class InnerNorm(nn.Module):
         self.shift = undecayed(nn.Parameter(torch.zeros(heads, 1, size)))
 
     def forward(self, z: Float[Tensor, "rows heads tokens size"]) -> Float[Tensor, "rows heads tokens size"]:
-        """Return gain * (z - mean) / std + shift."""
+        """Gain * (z - mean) / std + shift."""
         return F.layer_norm(z, z.shape[-1:], eps=EPS) * self.gain.to(z.dtype) + self.shift.to(z.dtype)
 
     def loss_gradient(self, z: Tensor, target: Tensor) -> Float[Tensor, "rows heads tokens size"]:
-        """Return the gradient of |norm(z) - target|^2 / 2 with respect to z, itself differentiable."""
+        """The gradient of |norm(z) - target|^2 / 2 with respect to z, itself differentiable."""
         gain, shift = self.gain.to(z.dtype), self.shift.to(z.dtype)
         variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
         inverse = torch.rsqrt(variance + EPS)
@@ -68,7 +68,7 @@ def inner_step(
     norm: InnerNorm | None,
     whole: Bool[Tensor, " rows"] | None = None,
 ) -> tuple[Float[Tensor, "rows heads tokens size"], State]:
-    """Return f(q_t; W_t) for tokens of one mini-batch, and the state after them.
+    """f(q_t; W_t) for tokens of one mini-batch, and the state after them.
 
     W_t = W - place_rate_t (sum so far + sum over s <= t of rate_s grad_s), every gradient at W, without making any W_t:
     for Z = X W + b with gradient G, Q W_t = Q W - place_rate_t (Q sum + (rate tril(Q X^T)) G), and so for b.
@@ -124,7 +124,7 @@ def _ended(old: State, new: State, whole: Tensor | None) -> State:
 
 
 def gelu_slope(x: Tensor) -> Tensor:
-    """Return the derivative of GELU's tanh form."""
+    """The derivative of GELU's tanh form."""
     outer = math.sqrt(2 / math.pi)
     bent = torch.tanh(outer * (x + 0.044715 * x**3))
     return 0.5 * (1 + bent) + 0.5 * x * (1 - bent**2) * outer * (1 + 3 * 0.044715 * x**2)

@@ -73,7 +73,7 @@ class MLSTM(_Heads):
                 )
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return MLSTMModule(dim, self)
 
 
@@ -102,7 +102,7 @@ class SLSTM(_Heads):
             raise ValueError(f"SLSTM.heads ({self.heads}) must divide dim ({dim})")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return SLSTMModule(dim, self)
 
 
@@ -146,7 +146,7 @@ def matrix_memory(
     memory: Memory | None = None,
     begins: Bool[Tensor, "batch time"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads time size"], Memory]:
-    """Return what the matrix memory gives at each token, and the memory after the last.
+    """What the matrix memory gives at each token, and the memory after the last.
 
     `enter` and `forget` are the gates before exp and sigmoid; keys are scaled by size^-0.5 here. Tokens of one piece
     see each other by a matrix of weights, as attention does (the paper's parallel form); what came before comes in
@@ -166,7 +166,7 @@ def matrix_memory(
 
 
 def empty_memory(query: Float[Tensor, "batch heads time size"]) -> Memory:
-    """Return the memory before the first token."""
+    """The memory before the first token."""
     batch, heads, _, size = query.shape
     matrix = query.new_zeros(batch, heads, size, size)
     return matrix, matrix[..., 0].clone(), query.new_full((batch, heads), NOTHING)
@@ -233,7 +233,7 @@ class MLSTMModule(nn.Module):
         self.forget.bias.copy_(torch.linspace(3.0, 6.0, self.spec.heads))
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return an empty memory; its size does not depend on `capacity`."""
+        """An empty memory; its size does not depend on `capacity`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         size = self.channels // self.spec.heads
         matrix, norm, stabiliser = empty_memory(torch.empty(batch, self.spec.heads, 0, size, dtype=wide, device=device))
@@ -257,7 +257,8 @@ class MLSTMModule(nn.Module):
             cache["window"] = window
             cache["matrix"], cache["norm"], cache["stabiliser"] = memory
         mixed = self.norm(self.heads(out).to(x.dtype)) + self.skip * convolved
-        return self.down(mixed * F.silu(gate))
+        result: Tensor = self.down(mixed * F.silu(gate))
+        return result
 
 
 class SLSTMModule(nn.Module):
@@ -288,7 +289,7 @@ class SLSTMModule(nn.Module):
         self.bias[:, self.size : 2 * self.size] = 12 * spread**exponent - 5
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> StateCache:
-        """Return the state before the first token; its size does not depend on `capacity`."""
+        """The state before the first token; its size does not depend on `capacity`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         zeros = torch.zeros(batch, self.spec.heads, self.size, dtype=wide, device=device)
         window = self.convolution.new_window(batch, dtype, device)
@@ -320,7 +321,8 @@ class SLSTMModule(nn.Module):
             cache["window"] = window
             for name, part in zip(("hidden", "cell", "norm", "stabiliser"), state, strict=True):
                 cache[name] = part
-        return self.norm(self.heads(torch.stack(outputs, 2)).to(x.dtype))
+        out: Tensor = self.norm(self.heads(torch.stack(outputs, 2)).to(x.dtype))
+        return out
 
     def _step(
         self, given: Tensor, hidden: Tensor, cell: Tensor, norm: Tensor, stabiliser: Tensor

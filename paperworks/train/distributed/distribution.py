@@ -49,7 +49,8 @@ def is_first() -> bool:
 
 
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    out: bool = dist.is_available() and dist.is_initialized()
+    return out
 
 
 @contextmanager
@@ -189,7 +190,8 @@ def totals(*numbers: Any) -> list[Any]:
 
 def any_process(condition: bool) -> bool:
     """Whether the condition holds in any process."""
-    return totals(float(condition))[0] > 0
+    out: bool = totals(float(condition))[0] > 0
+    return out
 
 
 @torch.no_grad()

@@ -66,7 +66,8 @@ def like(tensor: Tensor, pattern: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     spread: Any = pattern
-    return distribute_tensor(tensor.to(pattern.device), spread.device_mesh, spread.placements)
+    out: Tensor = distribute_tensor(tensor.to(pattern.device), spread.device_mesh, spread.placements)
+    return out
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:

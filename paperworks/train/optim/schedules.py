@@ -25,7 +25,7 @@ class Constant(Schedule):
     """1: the rate stays at its peak."""
 
     def __call__(self, step: int, steps: int) -> float:
-        """Return 1."""
+        """1."""
         return 1.0
 
 
@@ -88,7 +88,7 @@ class WarmupStableDecay(Schedule):
             raise ValueError(unknown("shape", str(self.shape), ("linear", "sqrt")))
 
     def __call__(self, step: int, steps: int) -> float:
-        """Return 1 until the decay starts, then its height."""
+        """1 until the decay starts, then its height."""
         decay = min(steps, max(1, round(self.decay * steps)) if self.decay < 1 else int(self.decay))
         progress = (step - (steps - decay)) / decay
         if progress <= 0:

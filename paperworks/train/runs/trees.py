@@ -9,7 +9,7 @@ TENSOR, TUPLE, ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
 def flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Return `tree` as JSON values; its tensors are put into `tensors`, under names that start with `prefix`.
+    """`tree` as JSON values; its tensors are put into `tensors`, under names that start with `prefix`.
 
     Raises TypeError for a value that is neither a tensor, a container of such, nor a JSON value.
     """

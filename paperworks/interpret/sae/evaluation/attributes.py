@@ -35,11 +35,11 @@ class AttributeScores:
     sizes: tuple[int, ...]
 
     def mean_best(self) -> list[float]:
-        """Return for each attribute the F1 of the best feature for each value, mean over values."""
+        """For each attribute the F1 of the best feature for each value, mean over values."""
         return [float(best.mean()) for best in self.f1.amax(dim=0).split(self.sizes)]
 
     def mean_best_balanced(self) -> list[float]:
-        """Return the same of the balanced accuracy."""
+        """The same of the balanced accuracy."""
         return [float(best.mean()) for best in self.balanced_accuracy.amax(dim=0).split(self.sizes)]
 
 
@@ -88,7 +88,7 @@ def best_meanings(
     thresholds: int = 10,
     most: int | None = None,
 ) -> list[Meaning]:
-    """Return for every feature the single value or union of values of one attribute with the largest F1.
+    """For every feature the single value or union of values of one attribute with the largest F1.
 
     No union is left out, though not each is tried: F1 above F needs sum over its values of (2 both - F having) > F on,
     so for every F the best union is that of the largest such terms, and F rises until it stays (Dinkelbach 1967).
@@ -118,7 +118,7 @@ def _best_union(
     fired: Float[Tensor, " features"],
     most: int,
 ) -> tuple[Bool[Tensor, "features values"], Float[Tensor, " features"]]:
-    """Return for each feature which of an attribute's values to unite, at most so many, and the F1 of that."""
+    """For each feature which of an attribute's values to unite, at most so many, and the F1 of that."""
     f1 = torch.zeros_like(fired)
     while True:
         terms = 2 * both - f1[:, None] * having
@@ -195,7 +195,7 @@ class AdditiveAttributes:
         return self.codes[0].shape[1]
 
     def _mean_square(self) -> float:
-        """Return E ||x||^2 = dim noise^2 + sum_i E ||c_i||^2 + sum over i != j of E c_i . E c_j, at factor 1."""
+        """E ||x||^2 = dim noise^2 + sum_i E ||c_i||^2 + sum over i != j of E c_i . E c_j, at factor 1."""
         means = torch.stack([code.double().mean(dim=0) for code in self.codes])
         own = sum(float(code.double().square().sum(dim=1).mean()) for code in self.codes)
         together = float(means.sum(dim=0).square().sum() - means.square().sum())
@@ -211,12 +211,12 @@ class AdditiveAttributes:
         return self.sum(attributes) + noise, attributes
 
     def sum(self, attributes: Int[Tensor, "n attributes"]) -> Float[Tensor, "n dim"]:
-        """Return activations without noise."""
+        """Activations without noise."""
         parts = zip(self.codes, attributes.unbind(dim=1), strict=True)
         return torch.stack([code[values] for code, values in parts]).sum(dim=0)
 
     def read(self, x: Float[Tensor, "n dim"]) -> Int[Tensor, "n attributes"]:
-        """Return the attributes whose sum of codes is nearest to each activation: what a model could read off it."""
+        """The attributes whose sum of codes is nearest to each activation: what a model could read off it."""
         every = torch.cartesian_prod(*[torch.arange(size, device=x.device) for size in self.sizes])
         every = every.view(len(every), -1)
         return every[torch.cdist(x, self.sum(every).to(x)).argmin(dim=1)]

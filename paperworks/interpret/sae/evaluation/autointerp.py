@@ -49,7 +49,7 @@ class ChatModel(Protocol):
     def complete(
         self, messages: Sequence[Mapping[str, str]], n: int = 1, *, temperature: float = 0.0, max_tokens: int = 128
     ) -> list[str]:
-        """Return n answers to messages of "role" and "content"."""
+        """n answers to messages of "role" and "content"."""
         ...
 
 
@@ -102,7 +102,7 @@ def explain(
     temperature: float = 0.0,
     max_tokens: int = 100,
 ) -> str:
-    """Return a chat model's explanation of a latent.
+    """A chat model's explanation of a latent.
 
     Args:
         chat: the explainer.
@@ -194,7 +194,7 @@ def fuzzing(
 
 
 def hold_out(excerpts: Sequence[Excerpt], shown: int) -> tuple[list[Excerpt], list[Excerpt]]:
-    """Return passages for the explainer, and all others for the judge: both over all strengths.
+    """Passages for the explainer, and all others for the judge: both over all strengths.
 
     excerpts: sorted by strength, of different sequences, as in `FeatureView.excerpts`.
     shown: how many the explainer sees, evenly spaced from the strongest on.
@@ -222,7 +222,7 @@ def silent_excerpts(
     leave_out_first: int = 1,
     seed: int = 0,
 ) -> list[list[Excerpt]]:
-    """Return for each latent up to `count` random passages, as long as those of `feature_views`, where it is off.
+    """For each latent up to `count` random passages, as long as those of `feature_views`, where it is off.
 
     At most one of a sequence, and none with its first positions: what a latent does there does not count in
     `feature_views`, so they cannot be called silent. A latent that is on almost everywhere may have fewer, or none.
@@ -264,7 +264,7 @@ def _check(fitting: Sequence[object], other: Sequence[object]) -> None:
 
 
 def _marked(excerpt: Excerpt, above: float) -> set[int]:
-    """Return the places whose activation exceeds a share of the largest one."""
+    """The places whose activation exceeds a share of the largest one."""
     if not 0 <= above < 1:
         raise ValueError(f"above is a share of the largest activation in [0, 1), got {above}")
     largest = max(excerpt.activations)
@@ -272,7 +272,7 @@ def _marked(excerpt: Excerpt, above: float) -> set[int]:
 
 
 def _text(excerpt: Excerpt, decode: Decode, marked: set[int] | None = None) -> str:
-    """Return a passage in one line, marked tokens between marks; their leading spaces stay outside."""
+    """A passage in one line, marked tokens between marks; their leading spaces stay outside."""
     parts = []
     for inside, places in groupby(range(len(excerpt.tokens)), key=lambda place: place in (marked or ())):
         piece = "".join(decode(excerpt.tokens[place]) for place in places)
@@ -305,7 +305,7 @@ def _judged(
 
 
 def _read(reply: str, count: int) -> list[bool | None]:
-    """Return the zeros and ones of a reply, of its last list if it has one; None where their number is not `count`."""
+    """The zeros and ones of a reply, of its last list if it has one; None where their number is not `count`."""
     lists = re.findall(r"\[([^\[\]]*)\]", reply)
     found = re.findall(r"\d+", lists[-1] if lists else reply)
     if len(found) != count or any(number not in ("0", "1") for number in found):

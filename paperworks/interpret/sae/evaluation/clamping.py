@@ -86,13 +86,14 @@ def push(
     total = alphas.to(directions) @ directions
 
     def move(x: Tensor) -> Tensor:
-        return x.norm(dim=-1, keepdim=True) * total.to(x)
+        out: Tensor = x.norm(dim=-1, keepdim=True) * total.to(x)
+        return out
 
     return edit(model, {tap: _moving(tap, sae, move, positions, longest)})
 
 
 def _directions(sae: SparseAutoencoder, latents: Mapping[int, object]) -> tuple[list[int], Float[Tensor, "chosen dim"]]:
-    """Return the latents and the unit vectors along their decoder rows."""
+    """The latents and the unit vectors along their decoder rows."""
     chosen = list(latents)
     if not chosen:
         raise ValueError("no latent is given: name at least one, as in {latent: activation}")
@@ -125,7 +126,7 @@ def _fitting(given: Tensor, what: str, x: Tensor) -> Tensor:
 def _moving(
     tap: str, sae: SparseAutoencoder, move: Edit, positions: Bool[Tensor, "batch time"] | None, longest: float | None
 ) -> Edit:
-    """Return the edit x -> x + move(x) where it is to act, and exactly x elsewhere."""
+    """The edit x -> x + move(x) where it is to act, and exactly x elsewhere."""
     if positions is not None and positions.dtype != torch.bool:
         raise ValueError(f"positions are {positions.dtype}; a mask is needed, bool (batch, time)")
 
@@ -148,7 +149,7 @@ def _moving(
 def largest_strengths(
     sae: SparseAutoencoder, rows: Sequence[Float[Tensor, "rows dim"]] | Float[Tensor, "rows dim"]
 ) -> Float[Tensor, " latents"]:
-    """Return each latent's largest activation over some rows: the unit in which papers give the level of a clamp.
+    """Each latent's largest activation over some rows: the unit in which papers give the level of a clamp.
 
     Rows should leave out attention sinks and padding, whose activations can exceed all others (`Activations` does).
 

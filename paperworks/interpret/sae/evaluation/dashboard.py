@@ -108,7 +108,7 @@ def feature_views(
 
 
 def _latents(model: nn.Module, tap: str, sae: SparseAutoencoder, batch: Tensor, first: int) -> Tensor:
-    """Return the strengths (batch, time, latents), 0 at positions that do not count."""
+    """The strengths (batch, time, latents), 0 at positions that do not count."""
     with record(model, tap) as seen:
         model(batch)
     value = next(iter(seen.values()))
@@ -122,7 +122,7 @@ def _latents(model: nn.Module, tap: str, sae: SparseAutoencoder, batch: Tensor, 
 def _survey(
     model: nn.Module, tap: str, sae: SparseAutoencoder, inputs: list[Tensor], first: int
 ) -> tuple[Float[Tensor, " latents"], Float[Tensor, " latents"]]:
-    """Return each latent's density and largest strength."""
+    """Each latent's density and largest strength."""
     on = torch.zeros(sae.latents, dtype=torch.int64)
     largest, count = torch.zeros(sae.latents), 0
     for batch in inputs:
@@ -139,7 +139,7 @@ def _survey(
 
 
 def _typical(density: Float[Tensor, " latents"], most: int) -> list[int]:
-    """Return the latents that are on, those nearest to the median density first, in order of their index."""
+    """The latents that are on, those nearest to the median density first, in order of their index."""
     alive = (density > 0).nonzero()[:, 0]
     logs = density[alive].log()
     order = (logs - logs.median()).abs().argsort(stable=True)[:most]
@@ -156,7 +156,7 @@ def _collect(
     excerpts: int,
     first: int,
 ) -> tuple[Int[Tensor, "chosen bins"], list[list[Excerpt]]]:
-    """Return the histograms, and the strongest passages: of each sequence the one place where a latent is strongest."""
+    """The histograms, and the strongest passages: of each sequence the one place where a latent is strongest."""
     histograms = torch.zeros(len(chosen), BINS, dtype=torch.int64)
     best: list[list[tuple[float, Excerpt]]] = [[] for _ in chosen]
     for batch in inputs:
@@ -187,7 +187,7 @@ Ranked = tuple[tuple[int, float], ...]
 def _logit_effects(
     model: nn.Module, rows: Float[Tensor, "chosen dim"], count: int
 ) -> tuple[list[Ranked], list[Ranked]]:
-    """Return the tokens each decoder row promotes and suppresses most; nothing for models without such a reading."""
+    """The tokens each decoder row promotes and suppresses most; nothing for models without such a reading."""
     try:
         where = residual_stream(model)
     except ValueError:
@@ -211,7 +211,7 @@ def _logit_effects(
 
 
 def _near(sae: SparseAutoencoder, chosen: list[int], alive: Tensor) -> list[Ranked]:
-    """Return each latent's nearest ones among those that are on, itself left out."""
+    """Each latent's nearest ones among those that are on, itself left out."""
     count = min(9, int(alive.sum()))
     found = neighbours(sae.decoder[chosen], sae.decoder, count, alive=alive.to(sae.decoder.device))
     return [

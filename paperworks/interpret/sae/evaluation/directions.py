@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 
 def unit_rows(rows: Float[Tensor, "latents dim"]) -> Float[Tensor, "latents dim"]:
-    """Return each row divided by its length; a row of zeros stays one."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    """Each row divided by its length; a row of zeros stays one."""
+    out: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return out
 
 
 def random_directions(
@@ -23,12 +24,12 @@ def random_directions(
 
 
 def along_sphere(rows: Float[Tensor, "latents dim"]) -> Float[Tensor, "latents dim"]:
-    """Return rows of unit length unchanged; their gradient loses the part that would only change the length.
+    """Rows of unit length unchanged; their gradient loses the part that would only change the length.
 
     gradient_i <- gradient_i - (gradient_i . row_i) row_i, so that an optimizer's moments never hold the part that
     renormalization would undo (Bricken et al. 2023).
     """
-    projected: Tensor = _AlongSphere.apply(rows)
+    projected: Tensor = _AlongSphere.apply(rows)  # type: ignore[no-untyped-call]
     return projected
 
 
@@ -49,7 +50,7 @@ class _AlongSphere(torch.autograd.Function):
 def geometric_median(
     points: Float[Tensor, "points dim"], steps: int = 100, tolerance: float = 1e-7
 ) -> Float[Tensor, " dim"]:
-    """Return the point with the least sum of distances to all points, by Weiszfeld's iteration in float64.
+    """The point with the least sum of distances to all points, by Weiszfeld's iteration in float64.
 
     Unlike the mean it is not drawn along by a few points far away. Stops after `steps`, or when a step moves it by less
     than `tolerance` of the points' typical distance.
@@ -63,6 +64,7 @@ def geometric_median(
         weights = 1 / distances.clamp_min(1e-12 * float(distances.mean()) + 1e-300)
         moved = (weights @ wide) / weights.sum()
         if (moved - median).norm() <= tolerance * distances.mean():
-            return moved.to(points.dtype)
+            out: Tensor = moved.to(points.dtype)
+            return out
         median = moved
     return median.to(points.dtype)

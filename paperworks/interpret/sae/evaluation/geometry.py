@@ -33,7 +33,7 @@ def neighbours(
     *,
     alive: Bool[Tensor, " latents"] | None = None,
 ) -> Neighbours:
-    """Return the k features with the largest cosine to each decoder row.
+    """The k features with the largest cosine to each decoder row.
 
     Args:
         decoder: rows whose neighbours are wanted; their lengths do not matter.
@@ -62,13 +62,14 @@ def neighbours(
 
 
 def project(decoder: Float[Tensor, "features dim"], dimensions: int = 2) -> Float[Tensor, "features dimensions"]:
-    """Return a map of decoder directions: the principal components of their unit rows, which keep cosines best."""
+    """A map of decoder directions: the principal components of their unit rows, which keep cosines best."""
     unit = unit_rows(decoder.detach().double())
     centred = unit - unit.mean(dim=0)
     if not 1 <= dimensions <= min(centred.shape):
         raise ValueError(f"{tuple(centred.shape)} rows have no {dimensions} principal components")
     left, lengths, _ = torch.linalg.svd(centred, full_matrices=False)
-    return (left[:, :dimensions] * lengths[:dimensions]).to(decoder.dtype)
+    out: Tensor = (left[:, :dimensions] * lengths[:dimensions]).to(decoder.dtype)
+    return out
 
 
 class Attribution(NamedTuple):
@@ -106,7 +107,7 @@ def attribute(model: nn.Module, tap: str, sae: SparseAutoencoder, batch: Any, me
 
 
 def _gradient_at(model: nn.Module, tap: str, batch: Any, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Return a tap's value and the metric's gradient there, whether or not the model's weights are trained."""
+    """A tap's value and the metric's gradient there, whether or not the model's weights are trained."""
     held: list[Tensor] = []
 
     def hold(x: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def _gradient_at(model: nn.Module, tap: str, batch: Any, metric: Metric) -> tupl
 def ablate(
     model: nn.Module, tap: str, sae: SparseAutoencoder, batch: Any, metric: Metric, latent: int, position: int
 ) -> float:
-    """Return how much a metric falls when one latent is set to 0 at one position; everything else of x is kept.
+    """How much a metric falls when one latent is set to 0 at one position; everything else of x is kept.
 
     Batches of one input only: the metric is of all of them.
     """

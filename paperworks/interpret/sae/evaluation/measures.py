@@ -43,13 +43,13 @@ class Quality:
         return float((self.density == 0).double().mean())
 
     def dense(self, above: float = 0.1) -> float:
-        """Return the share of the latents that are on for more than `above` of the inputs."""
+        """The share of the latents that are on for more than `above` of the inputs."""
         return float((self.density > above).double().mean())
 
     def histogram(
         self, bins: int = 40, lowest: float = -6.0
     ) -> tuple[Int[Tensor, " bins"], Float[Tensor, " edges"], int]:
-        """Return counts and edges over log10 of the density from `lowest` to 0, and how many latents are dead.
+        """Counts and edges over log10 of the density from `lowest` to 0, and how many latents are dead.
 
         Latents on more seldom than 10^lowest are counted in the first bin; dead ones have no logarithm and are apart.
         """
@@ -95,7 +95,7 @@ def measure(sae: SparseAutoencoder, batches: Iterable[Float[Tensor, "batch dim"]
 def best_cosines(
     directions: Float[Tensor, "features dim"], decoder: Float[Tensor, "latents dim"]
 ) -> Float[Tensor, " features"]:
-    """Return for each known direction its cosine with the nearest decoder row, lengths left aside."""
+    """For each known direction its cosine with the nearest decoder row, lengths left aside."""
     if directions.shape[1] != decoder.shape[1]:
         raise ValueError(
             f"directions of size {directions.shape[1]} cannot be found among decoder rows of size {decoder.shape[1]}"

@@ -57,7 +57,7 @@ class Planted:
         return self.directions.shape[1]
 
     def mean_square(self) -> float:
-        """Return E ||x||^2 = factor^2 (sum_i p_i E[a^2] + sum over i != j of p_i p_j E[a]^2 d_i . d_j)."""
+        """E ||x||^2 = factor^2 (sum_i p_i E[a^2] + sum over i != j of p_i p_j E[a]^2 d_i . d_j)."""
         mean = (self.low + self.high) / 2
         second = (self.low**2 + self.low * self.high + self.high**2) / 3
         rate, directions = self.rate.double(), self.directions.double()

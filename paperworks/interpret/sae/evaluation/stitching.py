@@ -21,7 +21,7 @@ from paperworks.interpret.sae.kinds.topk import TopKAutoencoder
 
 @torch.no_grad()
 def nearest_cosines(large: SparseAutoencoder, small: SparseAutoencoder) -> Float[Tensor, " latents"]:
-    """Return for each feature of `large` its largest cosine with a feature of `small`: low is novel.
+    """For each feature of `large` its largest cosine with a feature of `small`: low is novel.
 
     The authors call a feature novel below 0.7 and a reconstruction feature above; the value is theirs for GPT-2's
     residual stream, `insertion_effects` says what it should be elsewhere.
@@ -34,16 +34,17 @@ def nearest_cosines(large: SparseAutoencoder, small: SparseAutoencoder) -> Float
 def insertion_effects(
     small: SparseAutoencoder, large: SparseAutoencoder, x: Float[Tensor, "batch dim"]
 ) -> Float[Tensor, " latents"]:
-    """Return for each feature of `large` the change of small's mean ||x - x'||^2 when it alone is put into `small`.
+    """For each feature of `large` the change of small's mean ||x - x'||^2 when it alone is put into `small`.
 
     mean(f_i^2) ||d_i||^2 - 2 mean(f_i d_i . (x - x')): negative for what `small` lacks.
     """
     _require_alike(small, large)
     x = small.check(x)
     latents, missing = large.encode(x), x - small(x)
-    return (latents.square() * large.decoder.square().sum(dim=1) - 2 * latents * (missing @ large.decoder.T)).mean(
-        dim=0
-    )
+    out: Tensor = (
+        latents.square() * large.decoder.square().sum(dim=1) - 2 * latents * (missing @ large.decoder.T)
+    ).mean(dim=0)
+    return out
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def stitch(
     *,
     bias: Float[Tensor, " dim"] | None = None,
 ) -> SparseAutoencoder:
-    """Return a new autoencoder: small's features without `remove`, and large's features `add`.
+    """A new autoencoder: small's features without `remove`, and large's features `add`.
 
     Every feature stays the function of x that it was; the decoder's bias is small's, or `bias`.
 
@@ -93,7 +94,7 @@ class Group(NamedTuple):
 
 @torch.no_grad()
 def groups(small: SparseAutoencoder, large: SparseAutoencoder, threshold: float) -> list[Group]:
-    """Return the connected components of the graph that joins features with a cosine above the threshold.
+    """The connected components of the graph that joins features with a cosine above the threshold.
 
     Features of `small` that are joined to nothing come as groups without a counterpart; novel ones of `large` do not.
     """

@@ -39,18 +39,18 @@ class SupervisedDictionary:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Return how many values each attribute has."""
+        """How many values each attribute has."""
         return tuple(len(code) for code in self.codes)
 
     def reconstruct(self, attributes: Int[Tensor, "n attributes"]) -> Float[Tensor, "n dim"]:
-        """Return the activations that attributes stand for."""
+        """The activations that attributes stand for."""
         attributes, _ = checked_attributes(attributes, self.sizes)
         return self.mean + torch.stack([code[column] for code, column in self._columns(attributes)]).sum(dim=0)
 
     def edit(
         self, x: Float[Tensor, "n dim"], attribute: int, old: Int[Tensor, " n"], new: Int[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """Return x - u_old + u_new: one attribute changed, and what the dictionary does not explain kept."""
+        """x - u_old + u_new: one attribute changed, and what the dictionary does not explain kept."""
         if not 0 <= attribute < len(self.codes):
             raise ValueError(f"attribute {attribute} is not one of the {len(self.codes)}, counted from 0")
         code = self.codes[attribute]
@@ -63,7 +63,7 @@ class SupervisedDictionary:
         return x - code[old] + code[new]
 
     def weights(self, attributes: Int[Tensor, "n attributes"]) -> Float[Tensor, "n attributes"]:
-        """Return each code's share of the reconstruction, u_i . (x' - mean) / ||x' - mean||^2; they add up to 1."""
+        """Each code's share of the reconstruction, u_i . (x' - mean) / ||x' - mean||^2; they add up to 1."""
         away = self.reconstruct(attributes) - self.mean
         parts = torch.stack([(code[column] * away).sum(dim=1) for code, column in self._columns(attributes)], dim=1)
         return parts / away.square().sum(dim=1, keepdim=True)
@@ -75,7 +75,7 @@ class SupervisedDictionary:
 def checked_attributes(
     attributes: Int[Tensor, "n attributes"], sizes: tuple[int, ...] | None = None, count: int | None = None
 ) -> tuple[Int[Tensor, "n attributes"], tuple[int, ...]]:
-    """Return attributes and how many values each has; the largest that occurs decides where `sizes` is None.
+    """Attributes and how many values each has; the largest that occurs decides where `sizes` is None.
 
     Raises ValueError when attributes are not integers (n, attributes) within the sizes, or not `count` rows.
     """
@@ -99,7 +99,7 @@ def checked_attributes(
 def mean_codes(
     x: Float[Tensor, "n dim"], attributes: Int[Tensor, "n attributes"], sizes: tuple[int, ...] | None = None
 ) -> SupervisedDictionary:
-    """Return u_{i,v} = E[x | a_i = v] - E[x]: the mean of the rows with a value, less that of all rows.
+    """u_{i,v} = E[x | a_i = v] - E[x]: the mean of the rows with a value, less that of all rows.
 
     Right where attributes are independent and balanced in the data; otherwise a code takes over part of what goes with
     its value, and `least_squares_codes` does not.
@@ -120,7 +120,7 @@ def mean_codes(
 def least_squares_codes(
     x: Float[Tensor, "n dim"], attributes: Int[Tensor, "n attributes"], sizes: tuple[int, ...] | None = None
 ) -> SupervisedDictionary:
-    """Return the codes with the least sum of ||x - x'||^2: a linear regression on one-hot attributes.
+    """The codes with the least sum of ||x - x'||^2: a linear regression on one-hot attributes.
 
     Adding a vector to all codes of one attribute and taking it from all of another changes nothing; the codes returned
     are those whose mean over the data is 0 in each attribute. Equal to `mean_codes` on balanced, independent data.
@@ -146,7 +146,7 @@ def least_squares_codes(
 
 
 def _design(x: Tensor, attributes: Tensor, sizes: tuple[int, ...] | None) -> tuple[Tensor, list[Tensor]]:
-    """Return activations and one-hot columns of each attribute, in float64."""
+    """Activations and one-hot columns of each attribute, in float64."""
     if x.dim() != 2:
         raise ValueError(f"activations must have shape (n, dim), one row a prompt, got {tuple(x.shape)}")
     attributes, sizes = checked_attributes(attributes, sizes, len(x))
@@ -171,7 +171,7 @@ class Location:
 
     @torch.no_grad()
     def read(self) -> Float[Tensor, "n dim"]:
-        """Return the activations. Raises ValueError when the site is more than one vector a prompt."""
+        """The activations. Raises ValueError when the site is more than one vector a prompt."""
         with record(self.model, self.site.path) as seen:
             self.model(self.prompts)
         value = seen[self.site.path]
@@ -185,7 +185,7 @@ class Location:
 
     @torch.no_grad()
     def run(self, x: Float[Tensor, "n dim"]) -> Any:
-        """Return the model's output with `x` in the place of the activations."""
+        """The model's output with `x` in the place of the activations."""
 
         def put(value: Tensor) -> Tensor:
             rows = x.view(len(x), *[1] * (value.dim() - 2), x.shape[1]).to(value.dtype)
@@ -216,7 +216,7 @@ def approximation(
     metric: Callable[[Any], Float[Tensor, " n"]],
     mean: Float[Tensor, " dim"] | None = None,
 ) -> Approximation:
-    """Return sufficiency 1 - |M(x) - M(x')| / |M(x) - M(mean)|, necessity 1 - |M(mean) - M(mean + x - x')| / the same.
+    """Sufficiency 1 - |M(x) - M(x')| / |M(x) - M(mean)|, necessity 1 - |M(mean) - M(mean + x - x')| / the same.
 
     M is the metric's mean over prompts. Both are lowered alike by too little effect and by too much.
 
@@ -322,7 +322,7 @@ def sparse_edit(
 def agreement(
     run: Run, edited: Float[Tensor, "n dim"], target: Float[Tensor, "n dim"], answer: Callable[[Any], Tensor]
 ) -> float:
-    """Return the share of prompts for which the model answers as it does with the true counterfactual's activations.
+    """The share of prompts for which the model answers as it does with the true counterfactual's activations.
 
     answer: answer(output) -> what the model says for each prompt, (n,) or (n, parts), all of which must agree.
         Agreement is asked for, not that a logit difference changes its sign: an edit that breaks the model does that.

@@ -130,7 +130,7 @@ def transfer_table(
 
 
 def _input_of(batch: Any) -> Any:
-    """Return what the model is called with: the tokens of a training batch, which has targets beside them."""
+    """What the model is called with: the tokens of a training batch, which has targets beside them."""
     return batch["tokens"] if isinstance(batch, Mapping) and "targets" in batch else batch
 
 
@@ -140,7 +140,7 @@ def _written(sae: SparseAutoencoder, rows: Tensor) -> Tensor:
 
 
 def norm_mismatch(source: Float[Tensor, "n dim"], target: Float[Tensor, "m dim"]) -> float:
-    """Return sqrt(E ||target||^2 / E ||source||^2), the one scalar that brings `source` to the scale of `target`.
+    """sqrt(E ||target||^2 / E ||source||^2), the one scalar that brings `source` to the scale of `target`.
 
     `rescaled(sae, norm_mismatch(base, chat))` is the base model's autoencoder at the chat model's scale.
     """
@@ -151,14 +151,14 @@ def norm_mismatch(source: Float[Tensor, "n dim"], target: Float[Tensor, "m dim"]
 
 
 def rescaled(sae: Autoencoder, factor: float) -> Autoencoder:
-    """Return a copy for activations that are `factor` times as long; see `SparseAutoencoder.rescale`."""
+    """A copy for activations that are `factor` times as long; see `SparseAutoencoder.rescale`."""
     made = copy.deepcopy(sae)
     made.rescale(factor)
     return made
 
 
 def decoder_cosines(before: SparseAutoencoder, after: SparseAutoencoder) -> Float[Tensor, " latents"]:
-    """Return for each latent the cosine of its decoder row before and after fine-tuning: 1 where a feature stayed.
+    """For each latent the cosine of its decoder row before and after fine-tuning: 1 where a feature stayed.
 
     Raises ValueError when the two are not of one shape: one must have been trained on from the other.
     """
@@ -171,7 +171,7 @@ def decoder_cosines(before: SparseAutoencoder, after: SparseAutoencoder) -> Floa
 
 
 def gap_closed(transferred: float, tuned: float, native: float) -> float:
-    """Return (transferred - tuned) / (transferred - native): the share of the lost quality that fine-tuning gets back.
+    """(transferred - tuned) / (transferred - native): the share of the lost quality that fine-tuning gets back.
 
     transferred, tuned, native: an error (FVU, say) of the foreign autoencoder, of it after fine-tuning, and of one
     trained on these activations from scratch. Above 1, fine-tuning is better than training from scratch.
@@ -187,7 +187,7 @@ def gap_closed(transferred: float, tuned: float, native: float) -> float:
 
 @torch.no_grad()
 def rotate_stream(model: Model, rotation: Float[Tensor, "dim dim"]) -> Model:
-    """Return a copy with norms folded whose residual stream is R x, and which computes the same.
+    """A copy with norms folded whose residual stream is R x, and which computes the same.
 
     Embeddings and what writes to the stream are turned, W <- R W, and what reads from it turned back, W <- W R^T. Norms
     without gain commute with R: ||R x|| = ||x||. It is the model that no autoencoder of the original can fit, though
@@ -240,7 +240,7 @@ def rotate_stream(model: Model, rotation: Float[Tensor, "dim dim"]) -> Model:
 
 @torch.no_grad()
 def rotate_autoencoder(sae: Autoencoder, rotation: Float[Tensor, "dim dim"]) -> Autoencoder:
-    """Return a copy for R x: every latent is the function of x it was, and the reconstruction is turned by R."""
+    """A copy for R x: every latent is the function of x it was, and the reconstruction is turned by R."""
     wide = checked_rotation(rotation, sae.dim).double()
     made = copy.deepcopy(sae)
     for parameter in (made.encoder, made.decoder, made.decoder_bias):
@@ -249,7 +249,7 @@ def rotate_autoencoder(sae: Autoencoder, rotation: Float[Tensor, "dim dim"]) -> 
 
 
 def checked_rotation(rotation: Tensor, dim: int) -> Float[Tensor, "dim dim"]:
-    """Return R; raises ValueError when it is not an orthogonal (dim, dim)."""
+    """R; raises ValueError when it is not an orthogonal (dim, dim)."""
     if rotation.shape != (dim, dim):
         raise ValueError(f"the stream has {dim} dimensions, the rotation shape {tuple(rotation.shape)}")
     error = float((rotation.double() @ rotation.double().T - torch.eye(dim, device=rotation.device)).abs().max())
@@ -263,4 +263,5 @@ def random_rotation(
 ) -> Float[Tensor, "dim dim"]:
     """Draw an orthogonal matrix, uniform over all of them: QR of a normal matrix, signs by the diagonal of R."""
     q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).to(dtype)
+    out: Tensor = (q * r.diagonal().sign()).to(dtype)
+    return out

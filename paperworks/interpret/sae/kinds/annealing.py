@@ -39,11 +39,11 @@ class Annealing(Spec):
                 raise ValueError(f"Annealing.{name} must be {wanted}, got {getattr(self, name)}")
 
     def power(self, updates: int) -> float:
-        """Return p after so many updates."""
+        """p after so many updates."""
         return 1.0 + (self.end - 1.0) * min(updates, self.updates) / self.updates
 
     def updates_at(self, progress: float) -> int:
-        """Return how many updates are due once `progress`, a share of the steps, is done."""
+        """How many updates are due once `progress`, a share of the steps, is done."""
         if progress < self.start:
             return 0
         # A progress of 0.7 is 0.7000000000000001 or 0.6999999999999999, whichever way it was computed.
@@ -73,7 +73,7 @@ class AnnealedPenalty(nn.Module):
         return self.annealing.power(int(self.updates))
 
     def forward(self, latents: Float[Tensor, "batch latents"], progress: float) -> Float[Tensor, ""]:
-        """Return the penalty of a batch; in training mode, remember the batch where an update is due."""
+        """The penalty of a batch; in training mode, remember the batch where an update is due."""
         present = power_sum(latents, self.power)
         if self.training and int(self.updates) < self.annealing.updates_at(progress):
             self._remember(latents, present)
@@ -102,7 +102,7 @@ class AnnealedPenalty(nn.Module):
 
 
 def power_sum(latents: Float[Tensor, "batch latents"], power: float) -> Float[Tensor, ""]:
-    """Return sum f^p over inputs and latents; a latent that is off adds nothing and gets no gradient."""
+    """Sum f^p over inputs and latents; a latent that is off adds nothing and gets no gradient."""
     if power == 1.0:
         return latents.sum()
     on = latents > 0

@@ -67,7 +67,7 @@ class EndToEnd:
         model.requires_grad_(False)
 
     def __call__(self, autoencoder: nn.Module, batch: Any) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return the loss of a batch of the model's inputs; see the class."""
+        """The loss of a batch of the model's inputs; see the class."""
         assert isinstance(autoencoder, SparseAutoencoder)
         with torch.no_grad(), record(self.model, [self.tap, *self.later]) as clean:
             target = _log_probabilities(self.model(batch))

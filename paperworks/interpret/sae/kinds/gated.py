@@ -34,7 +34,7 @@ class Gated(PenalizedSpec):
     annealing: Annealing | None = None
 
     def build(self, dim: int) -> GatedAutoencoder:
-        """Return an untrained autoencoder."""
+        """An untrained autoencoder."""
         return GatedAutoencoder(self, dim)
 
 
@@ -62,22 +62,22 @@ class GatedAutoencoder(SparseAutoencoder):
         self.magnitude_bias.add_(products * self.log_magnitude.exp())
 
     def encode(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch latents"]:
-        """Return the latents that the gate lets through, at the magnitude of the other map."""
+        """The latents that the gate lets through, at the magnitude of the other map."""
         return self._paths(x)[0]
 
     def _paths(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents and the gate's pre-activations pi; both maps share one product."""
+        """The latents and the gate's pre-activations pi; both maps share one product."""
         products = nn.functional.linear(self.check(x) - self.decoder_bias, self.encoder)
         gate = products + self.gate_bias
         magnitude = (products * self.log_magnitude.exp() + self.magnitude_bias).relu()
         return torch.where(gate > 0, magnitude, 0), gate
 
     def thresholds(self) -> Float[Tensor, " latents"]:
-        """Return theta = b_mag - exp(r) b_gate: where it is not negative, f is JumpReLU_theta of the magnitudes."""
+        """Theta = b_mag - exp(r) b_gate: where it is not negative, f is JumpReLU_theta of the magnitudes."""
         return self.magnitude_bias - self.log_magnitude.exp() * self.gate_bias
 
     def loss(self, x: Float[Tensor, "batch dim"], progress: float) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return the sum of reconstruction, sparsity and auxiliary reconstruction; see `Gated`."""
+        """The sum of reconstruction, sparsity and auxiliary reconstruction; see `Gated`."""
         latents, gate = self._paths(x)
         self.see(latents)
         opened = gate.relu()

@@ -47,7 +47,7 @@ class JumpReLU(PenalizedSpec):
                 raise ValueError(f"JumpReLU.{name} must be positive and finite, got {getattr(self, name)}")
 
     def build(self, dim: int) -> JumpReLUAutoencoder:
-        """Return an untrained autoencoder."""
+        """An untrained autoencoder."""
         return JumpReLUAutoencoder(self, dim)
 
 
@@ -79,11 +79,11 @@ class JumpReLUAutoencoder(SparseAutoencoder):
         return nn.functional.linear(self.check(x), self.encoder, self.encoder_bias).relu()
 
     def encode(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch latents"]:
-        """Return the pre-activations above their thresholds, unchanged, and 0 for the others."""
+        """The pre-activations above their thresholds, unchanged, and 0 for the others."""
         return jump_relu(self._before(x), self.threshold, self.spec.bandwidth)
 
     def loss(self, x: Float[Tensor, "batch dim"], progress: float) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return mean ||x - x'||^2 + penalty * mean number of latents on; see `JumpReLU`."""
+        """Mean ||x - x'||^2 + penalty * mean number of latents on; see `JumpReLU`."""
         before, threshold = self._before(x), self.threshold
         latents = jump_relu(before, threshold, self.spec.bandwidth)
         self.see(latents)
@@ -96,28 +96,28 @@ class JumpReLUAutoencoder(SparseAutoencoder):
 def jump_relu(
     before: Float[Tensor, "*batch latents"], threshold: Float[Tensor, " latents"], bandwidth: float
 ) -> Float[Tensor, "*batch latents"]:
-    """Return z = before where it is above the threshold, else 0.
+    """z = before where it is above the threshold, else 0.
 
     dz/dbefore = 1[before > theta]; dz/dtheta is estimated as -(theta / bandwidth) 1[|before - theta| < bandwidth / 2].
     """
-    jumped: Tensor = _JumpReLU.apply(before, threshold, bandwidth)
+    jumped: Tensor = _JumpReLU.apply(before, threshold, bandwidth)  # type: ignore[no-untyped-call]
     return jumped
 
 
 def step(
     before: Float[Tensor, "*batch latents"], threshold: Float[Tensor, " latents"], bandwidth: float
 ) -> Float[Tensor, "*batch latents"]:
-    """Return 1 where `before` is above the threshold, else 0.
+    """1 where `before` is above the threshold, else 0.
 
     d/dbefore = 0, so what counts latents moves thresholds only; d/dtheta is estimated as
     -(1 / bandwidth) 1[|before - theta| < bandwidth / 2].
     """
-    stepped: Tensor = _Step.apply(before, threshold, bandwidth)
+    stepped: Tensor = _Step.apply(before, threshold, bandwidth)  # type: ignore[no-untyped-call]
     return stepped
 
 
 def _near(before: Tensor, threshold: Tensor, bandwidth: float, above: Tensor) -> Tensor:
-    """Return the sum over inputs of the gradient from above where an input is in the threshold's window."""
+    """The sum over inputs of the gradient from above where an input is in the threshold's window."""
     window = (before - threshold).abs() < bandwidth / 2
     return torch.where(window, above, 0).flatten(0, -2).sum(dim=0)
 

@@ -22,7 +22,7 @@ class Latents(NamedTuple):
     indices: Int[Tensor, "batch k"]
 
     def dense(self, latents: int) -> Float[Tensor, "batch latents"]:
-        """Return all latents, zeros included."""
+        """All latents, zeros included."""
         return self.values.new_zeros(len(self.values), latents).scatter_(1, self.indices, self.values)
 
 
@@ -33,7 +33,7 @@ def largest(
     k: int,
     among: Int[Tensor, " some"] | None = None,
 ) -> Latents:
-    """Return ReLU of the k largest of `x @ encoder.T + bias` for each input; gradients reach the positive ones only.
+    """ReLU of the k largest of `x @ encoder.T + bias` for each input; gradients reach the positive ones only.
 
     Args:
         x: inputs.
@@ -46,7 +46,7 @@ def largest(
     available = len(encoder) if among is None else len(among)
     if not 1 <= k <= available:
         raise ValueError(f"k is {k}, but there are {available} latents to choose from")
-    values, indices = _Largest.apply(x, encoder, bias, k, among)
+    values, indices = _Largest.apply(x, encoder, bias, k, among)  # type: ignore[no-untyped-call]
     return Latents(values, indices)
 
 
@@ -57,12 +57,12 @@ def decode(
     *,
     along_sphere: bool = False,
 ) -> Float[Tensor, "batch dim"]:
-    """Return sum over the k latents of value * decoder row, plus the bias.
+    """Sum over the k latents of value * decoder row, plus the bias.
 
     along_sphere: decoder rows have length 1 and are kept so: take what would change it out of their gradient, as
         `directions.along_sphere` does, which from here costs no second look at all rows.
     """
-    decoded: Tensor = _Decode.apply(latents.values, latents.indices, decoder, along_sphere)
+    decoded: Tensor = _Decode.apply(latents.values, latents.indices, decoder, along_sphere)  # type: ignore[no-untyped-call]
     return decoded if bias is None else decoded + bias
 
 
@@ -120,14 +120,14 @@ class _Decode(torch.autograd.Function):
 def _weighted_rows(
     rows: Float[Tensor, "latents dim"], indices: Int[Tensor, "batch k"], weights: Float[Tensor, "batch k"]
 ) -> Float[Tensor, "batch dim"]:
-    """Return sum_j weights[b, j] * rows[indices[b, j]]."""
+    """sum_j weights[b, j] * rows[indices[b, j]]."""
     return functional.embedding_bag(indices, rows, per_sample_weights=weights, mode="sum")
 
 
 def _row_products(
     rows: Float[Tensor, "latents dim"], indices: Int[Tensor, "batch k"], gradient: Float[Tensor, "batch dim"]
 ) -> Float[Tensor, "batch k"]:
-    """Return rows[indices[b, j]] . gradient[b]: what torch computes as the weights' gradient, in its own kernel."""
+    """rows[indices[b, j]] . gradient[b]: what torch computes as the weights' gradient, in its own kernel."""
     with torch.enable_grad():
         weights = gradient.new_zeros(indices.shape, requires_grad=True)
         (products,) = torch.autograd.grad(_weighted_rows(rows.detach(), indices, weights), weights, gradient)
@@ -137,7 +137,7 @@ def _row_products(
 def _spread_rows(
     rows: Float[Tensor, "batch dim"], indices: Int[Tensor, "batch k"], weights: Float[Tensor, "batch k"], latents: int
 ) -> Float[Tensor, "latents dim"]:
-    """Return sum over (b, j) with indices[b, j] = i of weights[b, j] * rows[b], for each latent i.
+    """Sum over (b, j) with indices[b, j] = i of weights[b, j] * rows[b], for each latent i.
 
     It is `_weighted_rows` of the transposed sparse matrix, twice as fast on a CPU as adding row by row.
     """

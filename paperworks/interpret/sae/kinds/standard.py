@@ -48,7 +48,7 @@ class Standard(PenalizedSpec):
             raise ValueError("Standard.annealing needs decoder='unit': powers of f are no longer a length times f")
 
     def build(self, dim: int) -> StandardAutoencoder:
-        """Return an untrained autoencoder."""
+        """An untrained autoencoder."""
         return StandardAutoencoder(self, dim)
 
 
@@ -79,14 +79,14 @@ class StandardAutoencoder(SparseAutoencoder):
             self.encoder_bias.add_(products)
 
     def encode(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch latents"]:
-        """Return ReLU(W_e (x - b_d) + b_e); without b_d where the decoder is weighted."""
+        """ReLU(W_e (x - b_d) + b_e); without b_d where the decoder is weighted."""
         x = self.check(x)
         if self.unit_norm:
             x = x - self.decoder_bias
         return nn.functional.linear(x, self.encoder, self.encoder_bias).relu()
 
     def loss(self, x: Float[Tensor, "batch dim"], progress: float) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return mean ||x - x'||^2 + penalty * sparsity; see `Standard`."""
+        """Mean ||x - x'||^2 + penalty * sparsity; see `Standard`."""
         latents = self.encode(x)
         self.see(latents)
         decoder = self.trained_decoder()

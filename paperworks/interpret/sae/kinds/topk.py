@@ -50,7 +50,7 @@ class TopK(SparseAutoencoderSpec):
                 raise ValueError(f"TopK.{name} must be 1 or more, got {getattr(self, name)}")
 
     def build(self, dim: int) -> TopKAutoencoder:
-        """Return an untrained autoencoder."""
+        """An untrained autoencoder."""
         return TopKAutoencoder(self, dim)
 
 
@@ -70,7 +70,7 @@ class TopKAutoencoder(SparseAutoencoder):
         self.encoder_bias.add_(products)
 
     def encode_sparse(self, x: Float[Tensor, "batch dim"]) -> Latents:
-        """Return the k latents of each input that may be on."""
+        """The k latents of each input that may be on."""
         return self._largest(self.check(x), self.spec.k)
 
     def _largest(self, x: Tensor, k: int, among: Tensor | None = None) -> Latents:
@@ -80,21 +80,21 @@ class TopKAutoencoder(SparseAutoencoder):
         return sparse.decode(latents, self.decoder, along_sphere=True)
 
     def encode(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch latents"]:
-        """Return all latents, of which at most k an input are not 0."""
+        """All latents, of which at most k an input are not 0."""
         rows = self.check(x).reshape(-1, self.dim)
         return self.encode_sparse(rows).dense(self.latents).view(*x.shape[:-1], self.latents)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Return the reconstruction, without the dense latents."""
+        """The reconstruction, without the dense latents."""
         rows = self.check(x).reshape(-1, self.dim)
         return sparse.decode(self.encode_sparse(rows), self.decoder, self.decoder_bias).view(x.shape)
 
     def dead(self) -> Tensor:
-        """Return the indices of latents that were not on for the last `dead_after` inputs."""
+        """The indices of latents that were not on for the last `dead_after` inputs."""
         return (self.idle >= self.spec.dead_after).nonzero().flatten()
 
     def loss(self, x: Float[Tensor, "batch dim"], progress: float) -> tuple[Float[Tensor, ""], Metrics]:
-        """Return NMSE + aux * AuxK (+ Multi-TopK); see `TopK`."""
+        """NMSE + aux * AuxK (+ Multi-TopK); see `TopK`."""
         x = self.check(x)
         candidates = self._largest(x, self.spec.k * (MULTI_K if self.spec.multi else 1))
         latents = _narrowed(candidates, self.spec.k) if self.spec.multi else candidates
@@ -112,7 +112,7 @@ class TopKAutoencoder(SparseAutoencoder):
         return total, {"error": error.detach(), "l0": on, "dead": float(len(dead)) / self.latents}
 
     def _auxiliary(self, x: Tensor, missing: Tensor, dead: Tensor) -> Tensor:
-        """Return the error of dead latents at predicting what is missing; 0 where that cannot be said."""
+        """The error of dead latents at predicting what is missing; 0 where that cannot be said."""
         latents = self._largest(x, min(self.spec.aux_k, len(dead)), dead)
         return normalized_error(missing, self._decoded(latents)).nan_to_num(0.0)
 
@@ -125,7 +125,7 @@ class TopKAutoencoder(SparseAutoencoder):
 
 @torch.no_grad()
 def with_fixed_threshold(model: TopKAutoencoder, sample: Float[Tensor, "inputs dim"]) -> JumpReLUAutoencoder:
-    """Return the JumpReLU autoencoder that keeps as many latents on average, by one threshold instead of a ranking.
+    """The JumpReLU autoencoder that keeps as many latents on average, by one threshold instead of a ranking.
 
     The threshold is the mean over the sample of the smallest activation that TopK kept: how many latents are on then
     depends on the input again, and a latent on itself alone.
@@ -152,5 +152,5 @@ def _narrowed(latents: Latents, k: int) -> Latents:
 
 
 def normalized_error(x: Float[Tensor, "batch dim"], reconstruction: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Return sum ||x - reconstruction||^2 / sum ||x - mean(x)||^2 over a batch: 1 for who predicts the mean."""
+    """Sum ||x - reconstruction||^2 / sum ||x - mean(x)||^2 over a batch: 1 for who predicts the mean."""
     return (x - reconstruction).square().sum() / (x - x.mean(dim=0)).square().sum()

@@ -47,7 +47,7 @@ class Tiles:
 
     @staticmethod
     def fitting(memory: int, dim: int) -> Tiles:
-        """Return the tiles for fast memory of `memory` numbers. Raises ValueError where not even one row fits."""
+        """The tiles for fast memory of `memory` numbers. Raises ValueError where not even one row fits."""
         if memory < 4 * dim:
             raise ValueError(f"fast memory of {memory} numbers holds no tile of rows of {dim}: 4 x {dim} are needed")
         keys = math.ceil(memory / (4 * dim))
@@ -65,7 +65,7 @@ def tiled_attention(
     tiles: Tiles = Tiles(64, 64),
     traffic: Traffic | None = None,
 ) -> tuple[Float[Tensor, "*heads queries dim"], Float[Tensor, "*heads queries"]]:
-    """Return exact attention and the log-sum-exp of each query's scores, without the matrix of weights.
+    """Exact attention and the log-sum-exp of each query's scores, without the matrix of weights.
 
     For each tile of keys, for each tile of queries: scores S; their maximum and sum are folded into the running ones,
     and the output so far is rescaled by exp(old maximum - new maximum). The backward pass computes the weights again
@@ -87,7 +87,7 @@ def tiled_attention(
     if mask is not None and mask.shape[-2:] != (query.shape[-2], key.shape[-2]):
         raise ValueError(f"mask {tuple(mask.shape)} is not queries x keys ({query.shape[-2]} x {key.shape[-2]})")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    attended: tuple[Tensor, Tensor] = _Tiled.apply(query, key, value, causal, mask, factor, tiles, traffic)
+    attended: tuple[Tensor, Tensor] = _Tiled.apply(query, key, value, causal, mask, factor, tiles, traffic)  # type: ignore[no-untyped-call]
     return attended
 
 
@@ -161,7 +161,7 @@ def _scores(
     causal: bool,
     mask: Tensor | None,
 ) -> Tensor | None:
-    """Return the scores of one tile, -inf where not seen; None if nothing in it is."""
+    """The scores of one tile, -inf where not seen; None if nothing in it is."""
     offset = key.shape[-2] - query.shape[-2]
     if causal and columns.start > rows.stop - 1 + offset:
         return None
@@ -185,7 +185,7 @@ def _count(traffic: Traffic | None, read: tuple[Tensor, ...] = (), written: tupl
 
 
 def standard_traffic(queries: int, keys: int, dim: int) -> int:
-    """Return the numbers that attention with its matrices in slow memory moves: S and P written and read, Q K V O."""
+    """The numbers that attention with its matrices in slow memory moves: S and P written and read, Q K V O."""
     return 2 * (queries + keys) * dim + 4 * queries * keys
 
 
@@ -197,7 +197,7 @@ class Partial(NamedTuple):
 
 
 def merge(one: Partial, other: Partial) -> Partial:
-    """Return attention to the keys of both: outputs weighted by exp(log-sum-exp).
+    """Attention to the keys of both: outputs weighted by exp(log-sum-exp).
 
     Associative and commutative, so any tree over any division of the keys gives full attention; (0, -inf), which is
     attention to nothing, changes nothing.

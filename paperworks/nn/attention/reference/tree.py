@@ -99,7 +99,7 @@ def _numbers(partial: Partial) -> int:
 
 
 def all_reduce(partial: Partial, group: dist.ProcessGroup | None = None) -> Partial:
-    """Return attention to the keys of all processes: the largest log-sum-exp, then two sums (Algorithm 3).
+    """Attention to the keys of all processes: the largest log-sum-exp, then two sums (Algorithm 3).
 
     A row that sees no key anywhere stays (0, -inf).
     """
@@ -120,7 +120,7 @@ def energy(
     source: Float[Tensor, "*heads queries channels"],
     scale: float | None = None,
 ) -> Tensor:
-    """Return F(source) = sum_i log sum_a exp(q_i . k_a + source_i . v_a); its gradient at source 0 is attention."""
+    """F(source) = sum_i log sum_a exp(q_i . k_a + source_i . v_a); its gradient at source 0 is attention."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return (query @ key.transpose(-1, -2) * factor + source @ value.transpose(-1, -2)).logsumexp(-1).sum()
 
@@ -136,11 +136,11 @@ class TreeAttention(Attention):
 
     @staticmethod
     def of(attention: Attention) -> TreeAttention:
-        """Return the same attention, its cache spread."""
+        """The same attention, its cache spread."""
         return TreeAttention(**{field.name: getattr(attention, field.name) for field in fields(attention)})
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers; its weights are named as those of `Attention`."""
+        """The module for vectors of `dim` numbers; its weights are named as those of `Attention`."""
         return TreeAttentionModule(dim, self)
 
 
@@ -155,7 +155,7 @@ class SpreadCache(KeyValueCache):
         super().__init__(batch, heads, math.ceil(capacity / self.workers), head_dim, False, dtype, device)
 
     def own(self, start: int, time: int) -> slice:
-        """Return which of `time` tokens from `start` on lie here."""
+        """Which of `time` tokens from `start` on lie here."""
         return slice((self.rank - start) % self.workers, time, self.workers)
 
     def extend(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ class TreeAttentionModule(AttentionModule):
         self._spread: SpreadCache | None = None
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KeyValueCache:
-        """Return this process's empty share; a window hides tokens, but does not shorten it."""
+        """This process's empty share; a window hides tokens, but does not shorten it."""
         return SpreadCache(batch, self.kv_heads, capacity, self.head_dim, dtype, device)
 
     def forward(self, x: Float[Tensor, "batch time dim"], placement: Placement) -> Float[Tensor, "batch time dim"]:
@@ -203,4 +203,5 @@ class TreeAttentionModule(AttentionModule):
 
 
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    out: bool = dist.is_available() and dist.is_initialized()
+    return out

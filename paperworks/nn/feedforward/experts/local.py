@@ -20,23 +20,23 @@ class Opinions(NamedTuple):
     logits: Float[Tensor, "batch experts"]
 
     def blended(self) -> Float[Tensor, "batch outputs"]:
-        """Return sum_i p_i o_i, the system's output."""
+        """sum_i p_i o_i, the system's output."""
         return torch.einsum("be,beo->bo", self.logits.softmax(-1), self.outputs)
 
 
 def blended_error(target: Float[Tensor, "batch outputs"], opinions: Opinions) -> Float[Tensor, " batch"]:
-    """Return E = ||d - sum_i p_i o_i||^2 (Equation 1): experts cooperate, each corrects what the others leave."""
+    """E = ||d - sum_i p_i o_i||^2 (Equation 1): experts cooperate, each corrects what the others leave."""
     _check(target, opinions)
     return (target - opinions.blended()).square().sum(-1)
 
 
 def expected_error(target: Float[Tensor, "batch outputs"], opinions: Opinions) -> Float[Tensor, " batch"]:
-    """Return E = sum_i p_i ||d - o_i||^2 (Equation 2): each expert answers for the whole, in proportion to p_i."""
+    """E = sum_i p_i ||d - o_i||^2 (Equation 2): each expert answers for the whole, in proportion to p_i."""
     return (opinions.logits.softmax(-1) * _distances(target, opinions)).sum(-1)
 
 
 def competitive_error(target: Float[Tensor, "batch outputs"], opinions: Opinions) -> Float[Tensor, " batch"]:
-    """Return E = -log sum_i p_i exp(-||d - o_i||^2 / 2) (Equation 3): experts compete, the best learns fastest.
+    """E = -log sum_i p_i exp(-||d - o_i||^2 / 2) (Equation 3): experts compete, the best learns fastest.
 
     dE/do_i = -h_i (d - o_i) and dE/dlogit_i = p_i - h_i, with h of `posterior`. E + (outputs / 2) log(2 pi) is the
     negative log-likelihood of a mixture of unit Gaussians. With one expert E is half the squared error.
@@ -45,7 +45,7 @@ def competitive_error(target: Float[Tensor, "batch outputs"], opinions: Opinions
 
 
 def posterior(target: Float[Tensor, "batch outputs"], opinions: Opinions) -> Float[Tensor, "batch experts"]:
-    """Return h_i = p_i exp(-||d - o_i||^2 / 2) / sum_j (the same): which expert the target came from."""
+    """h_i = p_i exp(-||d - o_i||^2 / 2) / sum_j (the same): which expert the target came from."""
     return _joint(target, opinions).softmax(-1)
 
 
@@ -99,7 +99,7 @@ class LocalExperts(Spec):
             raise ValueError(f"LocalExperts.error must be one of {', '.join(ERRORS)}, got {self.error!r}")
 
     def build(self, inputs: int, outputs: int) -> LocalExpertsModule:
-        """Return the module (batch, inputs) -> (batch, outputs), its experts drawn apart so that they can differ."""
+        """The module (batch, inputs) -> (batch, outputs), its experts drawn apart so that they can differ."""
         for name, size in (("inputs", inputs), ("outputs", outputs)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -116,23 +116,24 @@ class LocalExpertsModule(nn.Module):
         self.experts = nn.ModuleList([_expert(inputs, spec.hidden, outputs) for _ in range(spec.count)])
 
     def opinions(self, x: Float[Tensor, "batch inputs"]) -> Opinions:
-        """Return each expert's output and the gate's logits."""
+        """Each expert's output and the gate's logits."""
         return Opinions(torch.stack([expert(x) for expert in self.experts], 1), self.gate(x))
 
     def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
-        """Return the blend of all experts."""
+        """The blend of all experts."""
         return self.opinions(x).blended()
 
     def error(
         self, x: Float[Tensor, "batch inputs"], target: Float[Tensor, "batch outputs"]
     ) -> Float[Tensor, " batch"]:
-        """Return the error of each pattern, the one the spec names."""
+        """The error of each pattern, the one the spec names."""
         return ERRORS[self.spec.error](target, self.opinions(x))
 
     def gate_entropy(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, ""]:
-        """Return the gate's mean entropy in nats: 0 when each pattern has one expert, log(count) when all share it."""
+        """The gate's mean entropy in nats: 0 when each pattern has one expert, log(count) when all share it."""
         shares = self.gate(x).log_softmax(-1)
-        return -(shares.exp() * shares).sum(-1).mean()
+        out: Tensor = -(shares.exp() * shares).sum(-1).mean()
+        return out
 
 
 def _expert(inputs: int, hidden: int | None, outputs: int) -> nn.Module:

@@ -31,6 +31,8 @@ class Experts(Feedforward):
             first choices before second ones and then in order; for those beyond, that expert gives nothing. Inside
             `processes.one_batch()` the tokens are those of all processes, in the order of the processes.
         capacity_evaluation: the factor outside training (Switch: 2.0); None means the same.
+        capacity_tokens: instead of a factor, how many tokens of each sequence of a call an expert takes, in order
+            (Hugging Face's Switch counts so). None loses no token.
         shared: experts that all tokens go to, with weight 1.
     """
 
@@ -41,6 +43,7 @@ class Experts(Feedforward):
     capacity: float | None = None
     capacity_evaluation: float | None = None
     shared: int = 0
+    capacity_tokens: int | None = None
 
     def validate(self) -> None:
         """Check that there are enough experts."""
@@ -56,11 +59,20 @@ class Experts(Feedforward):
                 raise ValueError(f"Experts.{name} must be positive, or None to lose no token, got {factor}")
         if self.capacity is None and self.capacity_evaluation is not None:
             raise ValueError("Experts.capacity_evaluation needs a capacity in training too")
+        if self.capacity_tokens is not None:
+            if self.capacity_tokens < 1:
+                raise ValueError(
+                    f"Experts.capacity_tokens must be at least 1, or None to lose no token, got {self.capacity_tokens}"
+                )
+            if self.capacity is not None:
+                raise ValueError(
+                    "Experts has both capacity and capacity_tokens; give one: a factor, or a count of tokens"
+                )
         if isinstance(self.expert, Experts):
             raise ValueError("Experts.expert is itself a mixture of experts; nest them by a router over groups instead")
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers."""
+        """The module for vectors of `dim` numbers."""
         return ExpertsModule(dim, self)
 
 
@@ -91,6 +103,8 @@ class ExpertsModule(nn.Module):
         factor = self._factor()
         if factor is not None:
             weights = weights * served(experts, self.spec.count, factor)
+        elif self.spec.capacity_tokens is not None:
+            weights = weights * served_of_each(experts, self.spec.count, self.spec.capacity_tokens, x.shape[-2])
         out = self._dispatch(flat, experts, weights)
         for expert in self.shared:
             out = out + expert(flat)
@@ -115,7 +129,7 @@ class ExpertsModule(nn.Module):
         return torch.zeros_like(flat).index_add(0, tokens, scaled.to(flat.dtype))
 
     def _work(self, inputs: Tensor, counts: Tensor) -> Tensor:
-        """Return the outputs for inputs sorted by expert, `counts` of them for each."""
+        """The outputs for inputs sorted by expert, `counts` of them for each."""
         experts = self._experts_here()
         parts = inputs.split(counts.tolist())
         outputs = [
@@ -128,16 +142,17 @@ class ExpertsModule(nn.Module):
         return list(self.experts)
 
     def _unused(self, expert: nn.Module, part: Tensor) -> Tensor:
-        """Return nothing; in training in a way that gives the expert's parameters gradients of zero, not none."""
+        """Output of an expert without tokens; in training a sum that gives its parameters gradients of zero."""
         return self._nothing(expert, part) if self.training and torch.is_grad_enabled() else part
 
     def _nothing(self, expert: nn.Module, part: Tensor) -> Tensor:
         total: Any = sum((p.sum() * 0 for p in expert.parameters() if p.requires_grad), start=part.new_zeros(()))
-        return part + total
+        out: Tensor = part + total
+        return out
 
 
 def served(experts: Int[Tensor, "tokens top"], count: int, factor: float) -> Bool[Tensor, "tokens top"]:
-    """Return where a choice is within the capacity of its expert, floor(factor * tokens * top / count)."""
+    """Where a choice is within the capacity of its expert, floor(factor * tokens * top / count)."""
     tokens, top = experts.shape
     if not processes.is_spread():
         return within_capacity(experts, count, _capacity(factor, tokens, top, count))
@@ -151,6 +166,13 @@ def served(experts: Int[Tensor, "tokens top"], count: int, factor: float) -> Boo
     return within_capacity(experts, count, capacity, before)
 
 
+def served_of_each(
+    experts: Int[Tensor, "tokens top"], count: int, capacity: int, time: int
+) -> Bool[Tensor, "tokens top"]:
+    """Where a choice is among the first `capacity` of its expert in its own sequence of `time` tokens."""
+    return torch.cat([within_capacity(own, count, capacity) for own in experts.split(time)])
+
+
 def _capacity(factor: float, tokens: int, top: int, count: int) -> int:
     return math.floor(factor * tokens * top / count)
 
@@ -161,7 +183,7 @@ def within_capacity(
     capacity: int,
     before: Int[Tensor, "top count"] | None = None,
 ) -> Bool[Tensor, "tokens top"]:
-    """Return where a choice is among the first `capacity` of its expert.
+    """Where a choice is among the first `capacity` of its expert.
 
     All tokens' first choices come before any second choice (GShard), and within a choice tokens come in order. `before`
     counts what comes before from elsewhere: for each choice, first or second or so, and each expert.

@@ -35,11 +35,11 @@ class ParallelExperts(Experts):
 
     @staticmethod
     def of(experts: Experts) -> ParallelExperts:
-        """Return the same mixture, its experts spread."""
+        """The same mixture, its experts spread."""
         return ParallelExperts(**{field.name: getattr(experts, field.name) for field in fields(experts)})
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for vectors of `dim` numbers, with this process's experts."""
+        """The module for vectors of `dim` numbers, with this process's experts."""
         workers = processes.count()
         if self.count % workers:
             raise ValueError(
@@ -57,7 +57,7 @@ class Elsewhere(nn.Module):
         self.spec, self.dim = spec, dim
 
     def stand_in(self) -> nn.Module:
-        """Return an expert with memory but no values: who draws for it draws what its own process draws."""
+        """An expert with memory but no values: who draws for it draws what its own process draws."""
         with torch.device("meta"):
             empty = self.spec.build(self.dim)
         return empty.to_empty(device=torch.get_default_device())
@@ -112,5 +112,5 @@ class ParallelExpertsModule(ExpertsModule):
         return processes.exchanged(done.to(inputs.dtype)[order.argsort()], received, sent)
 
     def _unused(self, expert: nn.Module, part: Tensor) -> Tensor:
-        """Return nothing that yet depends on the expert: every process must take part in the way back."""
+        """Nothing that yet depends on the expert: every process must take part in the way back."""
         return self._nothing(expert, part) if torch.is_grad_enabled() else part

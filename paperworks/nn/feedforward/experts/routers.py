@@ -28,7 +28,7 @@ class Router(Spec):
     """What chooses experts: `build(dim, count, top)` gives a module (tokens, dim) -> Routing."""
 
     def build(self, dim: int, count: int, top: int) -> nn.Module:
-        """Return the module that chooses `top` of `count` experts."""
+        """The module that chooses `top` of `count` experts."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
 
 
@@ -37,7 +37,7 @@ def balance_loss(
     chosen: Int[Tensor, "tokens top"],
     real: Bool[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return Switch's N * sum_i f_i P_i: 1 when routing is uniform, N when all tokens surely go to one expert.
+    """Switch's N * sum_i f_i P_i: 1 when routing is uniform, N when all tokens surely go to one expert.
 
     f_i is the share of choices that fell on expert i (no gradient), P_i its mean probability. Tokens that are not
     `real` (padding) do not count.
@@ -52,7 +52,7 @@ def balance_loss(
 
 
 def z_loss(logits: Float[Tensor, "tokens experts"], real: Bool[Tensor, " tokens"] | None = None) -> Float[Tensor, ""]:
-    """Return mean(logsumexp(logits)^2), which keeps a router's logits small (Zoph et al. 2022, arXiv:2202.08906)."""
+    """mean(logsumexp(logits)^2), which keeps a router's logits small (Zoph et al. 2022, arXiv:2202.08906)."""
     logits = logits if real is None else logits[real]
     squares = logits.logsumexp(-1).square().sum()
     total, tokens = processes.summed(torch.stack((squares, torch.full_like(squares, len(logits))))).unbind()
@@ -60,7 +60,7 @@ def z_loss(logits: Float[Tensor, "tokens experts"], real: Bool[Tensor, " tokens"
 
 
 def squared_variation(values: Float[Tensor, " experts"]) -> Float[Tensor, ""]:
-    """Return CV^2 = variance / mean^2 (0 for a single value), the biased variance."""
+    """CV^2 = variance / mean^2 (0 for a single value), the biased variance."""
     return values.var(unbiased=False) / (values.mean().square() + 1e-10)
 
 
@@ -95,7 +95,7 @@ class TopKRouter(Router):
             raise ValueError(f"TopKRouter.jitter must be below 1, got {self.jitter}")
 
     def build(self, dim: int, count: int, top: int) -> nn.Module:
-        """Return the module that chooses `top` of `count` experts."""
+        """The module that chooses `top` of `count` experts."""
         if top == 1 and (self.softmax == "after" or self.renormalize):
             raise ValueError(
                 "with one expert a token a softmax over the chosen is always 1, and the router gets no gradient: use "
@@ -154,7 +154,7 @@ class NoisyTopKRouter(Router):
                 raise ValueError(f"NoisyTopKRouter.{name} must be at least 0, got {getattr(self, name)}")
 
     def build(self, dim: int, count: int, top: int) -> nn.Module:
-        """Return the module that chooses `top` of `count` experts."""
+        """The module that chooses `top` of `count` experts."""
         return NoisyTopKRouterModule(dim, count, top, self)
 
 
@@ -200,7 +200,7 @@ def smooth_load(
     noisy: Float[Tensor, "tokens experts"],
     top: int,
 ) -> Float[Tensor, "tokens experts"]:
-    """Return P(x, i): the probability that expert i is among the `top`, its own noise drawn again, the others' kept.
+    """P(x, i): the probability that expert i is among the `top`, its own noise drawn again, the others' kept.
 
     Phi((clean_i - t_i) / spread_i), t_i the `top`-th largest of the other experts' noisy logits.
     """
@@ -208,4 +208,5 @@ def smooth_load(
     # without expert i, the k-th largest is the (k+1)-th of all where i is among the k largest, else the k-th
     inside = noisy >= largest[:, top - 1 : top]
     threshold = torch.where(inside, largest[:, top : top + 1], largest[:, top - 1 : top])
-    return torch.special.ndtr((clean - threshold) / spread)
+    out: Tensor = torch.special.ndtr((clean - threshold) / spread)
+    return out

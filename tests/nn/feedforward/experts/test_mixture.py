@@ -132,6 +132,32 @@ def test_it_is_switchs_layer_with_its_capacity(factor):
     assert bool((found == 0).all(-1).any()) == (factor < 2)  # tokens beyond capacity get nothing here
 
 
+@pytest.mark.parity
+@torch.no_grad()
+def test_capacity_in_tokens_counts_within_each_sequence_as_transformers_does():
+    from transformers import SwitchTransformersConfig
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+    theirs = SwitchTransformersSparseMLP(
+        SwitchTransformersConfig(d_model=8, d_ff=12, num_experts=4, expert_capacity=3)
+    ).eval()
+    expert = MLP(hidden=12, activation="relu", bias=False)
+    ours = module(expert=expert, top=1, router=SWITCH, capacity_tokens=3).float().eval()
+    theirs.router.classifier.weight.copy_(ours.router.logits.weight)
+    for index, each in enumerate(ours.experts):
+        theirs.experts[f"expert_{index}"].wi.weight.copy_(each.up.weight)
+        theirs.experts[f"expert_{index}"].wo.weight.copy_(each.down.weight)
+    x = torch.randn(3, 16, 8)
+    found = ours(x)
+    assert (found - theirs(x)).abs().max() < 1e-6  # float32 products in another order
+    assert int((found == 0).all(-1).sum()) >= 3 * 4  # 4 experts x 3 take at most 12 of the 16 tokens of a sequence
+
+
+def test_two_kinds_of_capacity_are_refused():
+    with pytest.raises(ValueError, match="give one: a factor, or a count of tokens"):
+        module(capacity=1.0, capacity_tokens=3)
+
+
 def test_capacity_counts_every_choice_and_is_rounded_down():
     experts, x = module(capacity=1.0), vectors(1, 1, 8).expand(1, 7, 8)  # all tokens choose the same two of four
     served = (experts(x)[0] != 0).any(-1)
