@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,8 +32,8 @@ def fit_ccs(
     torch.manual_seed(seed)
     probes = ccs.ConsistencyProbes(positive.shape[1], lab.pick(smoke=2, small=STARTS))
     steps = lab.pick(smoke=5, small=EPOCHS)
-    # A common norm for clipping would tie the starts together.
-    constant = {"schedule": "constant", "warmup": 0, "clip": None}
     adam = train.AdamW(weight_decay=0.01)
-    fit(probes, loss, [pairs], steps=steps, lr=1e-3, seed=seed, optimizer=adam, **constant)
+    constant: dict[str, Any] = {"schedule": "constant", "warmup": 0}
+    # A common norm for clipping would tie the starts together.
+    fit(probes, loss, [pairs], steps=steps, lr=1e-3, seed=seed, optimizer=adam, clip=None, **constant)
     return ccs.best_of(probes, normalization, positive, negative)
