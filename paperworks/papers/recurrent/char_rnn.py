@@ -63,7 +63,7 @@ HIDDEN, LAYERS = 128, 2  # char-rnn's defaults, as are the next three
 STREAMS, CHUNK, CLIP = 50, 50, 5.0
 QUOTE, END, LETTERS = 0, 1, 4  # letters are the ids from 2 on
 SHORTEST, LONGEST = 20, 30  # characters between two marks
-STEPS, LR = 800, 4e-3  # 402 steps an epoch; char-rnn keeps 2e-3 for ten epochs
+STEPS, LR = 700, 4e-3  # 402 steps an epoch; char-rnn keeps 2e-3 for ten epochs
 QUOTE_STEPS, QUOTE_LR = 1000, 5e-3
 
 
