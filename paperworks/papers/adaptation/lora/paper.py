@@ -59,7 +59,7 @@ print("merging changes at most", (adapt.merge(model)(x) - adapted).abs().max().i
 QUERY_VALUE = "blocks.*.mixer.{query,value}"
 LOSS = "held-out loss"
 # Best on seed 100 of three rates each.
-LORA_RATE, FULL_RATE, NORM_RATE = 3e-3, 3e-4, 1e-2
+LORA_RATE, FULL_RATE, NORM_RATE = 3e-3, 3e-4, 3e-3
 
 
 def _low_rank(model: DecoderModel) -> DecoderModel:
