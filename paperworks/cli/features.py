@@ -45,11 +45,12 @@ class Options:
 
 def main(arguments: list[str]) -> int:
     """Write the page."""
+    options = parse(Options, "features", arguments)  # before torch is loaded: --help is quick
+
     from paperworks.core import atomic
     from paperworks.interpret import sae
     from paperworks.interpret.sae.evaluation.dashboard import feature_views
 
-    options = parse(Options, "features", arguments)
     tap = options.tap or sae.noted_tap(options.sae)
     if tap is None:
         raise ValueError(f"{options.sae} does not say which module it reads; give it, as in --tap blocks.15")

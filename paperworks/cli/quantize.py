@@ -56,11 +56,12 @@ class Options:
 
 def main(arguments: list[str]) -> int:
     """Compress, report and save."""
+    options = parse(Options, "quantize", arguments)  # before torch is loaded: --help is quick
+
     import paperworks as pw
     from paperworks import compress
     from paperworks.compress.named import named
 
-    options = parse(Options, "quantize", arguments)
     format = named(
         options.format,
         bits=options.bits,

@@ -11,6 +11,7 @@ from paperworks.data.text.windows import CharacterText
 from paperworks.lab import Lab
 from paperworks.models import Block, Decoder, DecoderModel
 from paperworks.nn import Attention, GatedMLP, LearnedPositions, RMSNorm, RoPE
+from paperworks.testbeds.training import fit
 
 LENGTH = 64  # characters in a window: two lines of the play
 BATCH = 16
@@ -49,18 +50,12 @@ def trained(lab: Lab, spec: Decoder, steps: int, seed: int, description: str) ->
 def further_trained(lab: Lab, model: DecoderModel, steps: int, seed: int, description: str) -> DecoderModel:
     """Train a model by the one recipe: AdamW (0.9, 0.95), decay 0.1, clip 1, a tenth of warm-up, cosine to 10%."""
     batches = play().train_windows(length=LENGTH, batch=BATCH, count=steps, seed=seed)
-    settings = train.Settings(
-        steps=steps,
-        lr=LR,
-        optimizer=train.AdamW(betas=(0.9, 0.95), weight_decay=0.1),
-        warmup=0.1,
-        seed=seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
+    adam = train.AdamW(betas=(0.9, 0.95), weight_decay=0.1)
     with lab.threads(1), lab.progress(description, steps) as advance:
-        train.fit(model, train.next_token_loss, batches, settings, on_step=lambda _: advance(1))
+        fit(
+            model, train.next_token_loss, batches, steps=steps, lr=LR, seed=seed,
+            optimizer=adam, warmup=0.1, on_step=lambda _: advance(1),
+        )  # fmt: skip
     return model.eval()
 
 

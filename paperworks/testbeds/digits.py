@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from paperworks import train
 from paperworks.lab import Lab
+from paperworks.testbeds.training import fit
 
 
 def _arc(
@@ -110,27 +112,25 @@ def taught(
     lab: Lab,
     model: nn.Module,
     digits: Digits,
-    settings: train.Settings,
-    description: str,
     *,
+    steps: int,
+    lr: float,
     rows: int,
+    seed: int,
     on_step: Callable[[int], bool | None] | None = None,
+    **settings: Any,
 ) -> nn.Module:
-    """Train a classifier on shuffled batches of the digits; the order is that of `settings.seed`."""
+    """Train a classifier on shuffled batches of `rows` digits, whose order is that of the seed; settings as `fit`."""
     count = len(digits.labels)
 
     def epoch(number: int) -> Iterator[dict[str, Tensor]]:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * (settings.seed or 0) + number))
+        order = torch.randperm(count, generator=lab.generator(1000 * seed + number))
         return (
             {"x": digits.pictures[some], "y": digits.labels[some]} for some in order.split(rows) if len(some) == rows
         )
 
-    def step(number: int) -> bool | None:
-        advance(1)
-        return None if on_step is None else on_step(number)
-
-    with lab.threads(1), lab.progress(description, settings.steps) as advance:
-        train.fit(model, digit_loss, epoch, settings, on_step=step)
+    with lab.threads(1):
+        fit(model, digit_loss, epoch, steps=steps, lr=lr, seed=seed, on_step=on_step, **settings)
     return model.eval()
 
 

@@ -72,20 +72,22 @@ def trained(
     prepare: Callable[[sae.SparseAutoencoder], None] | None = None,
     resampling: Callable[[sae.Planted], sae.Resampling] | None = None,
     watch: Callable[[int, sae.SparseAutoencoder], None] | None = None,
+    seed: int | None = None,
 ) -> Trained:
     """Train an autoencoder on planted activations and measure it.
 
     build: makes the model for 64 dimensions. data: None is the common one, with this `mean_square`. centre: start b_d
     at the geometric median of a sample. prepare: changes the model before training. resampling: when dead latents are
     revived.
-    watch: called after each step.
+    watch: called after each step. seed: of the planted directions, the weights and the draws; None is the lab's.
     """
     steps = lab.pick(smoke=10, small=steps)
-    torch.manual_seed(lab.seed)
-    data = data or sae.Planted(mean_square=mean_square, seed=lab.seed)
+    seed = lab.seed if seed is None else seed
+    torch.manual_seed(seed)
+    data = data or sae.Planted(mean_square=mean_square, seed=seed)
     model = build(data.dim)
     if centre:
-        model.centre(data.draw(8192, torch.Generator().manual_seed(lab.seed + 2)))
+        model.centre(data.draw(8192, torch.Generator().manual_seed(seed + 2)))
     if prepare is not None:
         prepare(model)
     plan = resampling(data) if resampling is not None else None
@@ -101,10 +103,10 @@ def trained(
         train.fit(
             model,
             training.loss,
-            lambda epoch: data.batches(BATCH, steps, seed=lab.seed),
+            lambda epoch: data.batches(BATCH, steps, seed=seed),
             replace(settings(steps, beta1, clip), optimizer=training.optimizer),
             on_step=after_step,
         )
-        fresh = data.batches(2048, lab.pick(smoke=1, small=10), seed=lab.seed + 1)
+        fresh = data.batches(2048, lab.pick(smoke=1, small=10), seed=seed + 1)
         quality = sae.measure(model.eval(), fresh)
     return Trained(model, data, quality, sae.recovery(data.directions, model))

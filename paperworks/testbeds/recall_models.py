@@ -12,6 +12,7 @@ from paperworks import train
 from paperworks.lab import Lab
 from paperworks.models import Block, Decoder, DecoderModel
 from paperworks.nn import Feedforward, Mixer, RMSNorm
+from paperworks.testbeds.training import fit
 from paperworks.train.losses import IGNORED
 
 
@@ -23,7 +24,7 @@ class Task(Protocol):
         """Ids there are."""
 
     def draw(self, rows: int, draws: torch.Generator) -> dict[str, Tensor]:
-        """so many rows."""
+        """A batch of so many rows."""
 
 
 def small(
@@ -39,7 +40,7 @@ def taught(
     spec: Decoder,
     task: Task,
     steps: int,
-    description: str,
+    seed: int,
     *,
     rows: int = 32,
     lr: float = 3e-3,
@@ -47,34 +48,24 @@ def taught(
     look: Callable[[int, DecoderModel], Any] | None = None,
 ) -> DecoderModel:
     """Train a model on fresh rows of a task: AdamW without decay, clip 1, a constant rate after 5% of warm-up."""
-    torch.manual_seed(lab.seed)
     model = spec.build()
 
     def batches(epoch: int) -> Any:
-        draws = torch.Generator().manual_seed(1_000 * lab.seed + epoch)
+        draws = lab.generator(1_000 * seed + epoch)
         return (task.draw(rows, draws) for _ in range(steps))
 
-    settings = train.Settings(
-        steps=steps,
-        lr=lr,
-        schedule="constant",
-        warmup=0.05,
-        optimizer=train.AdamW(weight_decay=0.0),
-        seed=lab.seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(description, steps) as advance:
+    def step(number: int) -> None:
+        if look is not None and number % every == 0:
+            model.eval()
+            look(number, model)
+            model.train()
 
-        def step(number: int) -> None:
-            advance(1)
-            if look is not None and number % every == 0:
-                model.eval()
-                look(number, model)
-                model.train()
-
-        train.fit(model, train.next_token_loss, batches, settings, on_step=step)
+    adam = train.AdamW(weight_decay=0.0)
+    with lab.threads(1):
+        fit(
+            model, train.next_token_loss, batches, steps=steps, lr=lr, seed=seed,
+            optimizer=adam, schedule="constant", warmup=0.05, on_step=step,
+        )  # fmt: skip
     return model.eval()
 
 

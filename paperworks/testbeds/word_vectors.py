@@ -14,6 +14,7 @@ from paperworks.data.text.word_contexts import WordContexts, WordVocabulary
 from paperworks.lab import Lab
 from paperworks.models.classic.word_vectors import WordVectorModel, WordVectors, word_vector_loss
 from paperworks.testbeds.relations import RelationCorpus, question_ids
+from paperworks.testbeds.training import fit
 
 DIM, WINDOW, NEGATIVES = 64, 5, 5
 
@@ -38,39 +39,21 @@ def planted(sentences: int, seed: int) -> Planted:
     return Planted(vocabulary, tokens, places, question_ids(corpus.questions(), vocabulary.index))
 
 
-def corpus_of(lab: Lab) -> Planted:
+def corpus_of(lab: Lab, seed: int) -> Planted:
     """The corpus of a scale: 200,000 words."""
-    return planted(lab.pick(smoke=400, small=20_000), lab.seed)
+    return planted(lab.pick(smoke=400, small=20_000), seed)
 
 
 def taught(
-    lab: Lab, spec: WordVectors, batches: WordContexts, counts: tuple[int, ...], epochs: int, rate: float, doing: str
+    lab: Lab, spec: WordVectors, batches: WordContexts, counts: tuple[int, ...], epochs: int, rate: float, seed: int
 ) -> WordVectorModel:
     """Train as published: plain SGD on the sum over pairs, the rate falling linearly to nothing."""
-    torch.manual_seed(lab.seed)
     model = spec.build(counts)
-    steps = epochs * len(batches)
-    settings = train.Settings(
-        steps=steps,
-        lr=rate,
-        schedule="linear",
-        warmup=0,
-        min_lr=0,
-        optimizer=train.SGD(),
-        clip=None,
-        seed=lab.seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(doing, steps) as advance:
-        train.fit(
-            model,
-            word_vector_loss,
-            batches,
-            settings,
-            on_step=lambda _: advance(1),
-        )
+    with lab.threads(1):
+        fit(
+            model, word_vector_loss, batches, steps=epochs * len(batches), lr=rate, seed=seed,
+            schedule="linear", warmup=0, min_lr=0, optimizer=train.SGD(), clip=None,
+        )  # fmt: skip
     return model.eval()
 
 

@@ -218,7 +218,7 @@ def test_results_that_came_with_the_package_are_shown_outside_of_a_checkout(caps
 
 @pytest.mark.parametrize(
     "arguments",
-    [["list"], ["show", "grokking"], *([command, "--help"] for command in ("list", "show", "run", "refresh", "tour"))],
+    [["list"], ["show", "grokking"], *([command, "--help"] for command in cli.COMMANDS)],
     ids=" ".join,
 )
 def test_looking_imports_little_and_no_torch(arguments):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from paperworks.checkpoints.families.neox import interleaved_blocks
 from paperworks.checkpoints.family import Config, Family, expect
-from paperworks.checkpoints.layout import HeadInterleaved, Rule, pair
+from paperworks.checkpoints.layout import Rule, pair
 from paperworks.models import Block, Decoder
 from paperworks.nn import MLP, ALiBi, Attention, LayerNorm
 
@@ -96,16 +97,4 @@ class Bloom(Family):
             *pair("transformer.word_embeddings_layernorm", "embedding_norm"),
             *pair("transformer.ln_f", "norm"),
         ]
-        for layer in range(spec.depth):
-            theirs, ours = f"transformer.h.{layer}", f"blocks.{layer}"
-            heads = expect(spec.blocks[layer].mixer, Attention, "the mixer").heads
-            fused = [f"{ours}.mixer.{name}" for name in ("query", "key", "value")]
-            found += [
-                *pair(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"),
-                *pair(f"{theirs}.post_attention_layernorm", f"{ours}.feedforward_norm"),
-                *pair(f"{theirs}.self_attention.query_key_value", *fused, codec=HeadInterleaved(heads)),
-                *pair(f"{theirs}.self_attention.dense", f"{ours}.mixer.output"),
-                *pair(f"{theirs}.mlp.dense_h_to_4h", f"{ours}.feedforward.up"),
-                *pair(f"{theirs}.mlp.dense_4h_to_h", f"{ours}.feedforward.down"),
-            ]
-        return found
+        return found + interleaved_blocks(spec, layers="transformer.h", attention="self_attention")

@@ -112,16 +112,22 @@ class NeoX(Family):
             Rule("embed_out.weight", ("unembedding.weight",), optional=spec.tied),
             *pair("gpt_neox.final_layer_norm", "norm"),
         ]
-        for layer in range(spec.depth):
-            theirs, ours = f"gpt_neox.layers.{layer}", f"blocks.{layer}"
-            heads = expect(spec.blocks[layer].mixer, Attention, "the mixer").heads
-            fused = [f"{ours}.mixer.{name}" for name in ("query", "key", "value")]
-            found += [
-                *pair(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"),
-                *pair(f"{theirs}.post_attention_layernorm", f"{ours}.feedforward_norm"),
-                *pair(f"{theirs}.attention.query_key_value", *fused, codec=HeadInterleaved(heads)),
-                *pair(f"{theirs}.attention.dense", f"{ours}.mixer.output"),
-                *pair(f"{theirs}.mlp.dense_h_to_4h", f"{ours}.feedforward.up"),
-                *pair(f"{theirs}.mlp.dense_4h_to_h", f"{ours}.feedforward.down"),
-            ]
-        return found
+        return found + interleaved_blocks(spec, layers="gpt_neox.layers", attention="attention")
+
+
+def interleaved_blocks(spec: Decoder, *, layers: str, attention: str) -> list[Rule]:
+    """Rules of GPT-NeoX's blocks, which BLOOM has too: one map for queries, keys and values, interleaved by head."""
+    found: list[Rule] = []
+    for layer in range(spec.depth):
+        theirs, ours = f"{layers}.{layer}", f"blocks.{layer}"
+        heads = expect(spec.blocks[layer].mixer, Attention, "the mixer").heads
+        fused = [f"{ours}.mixer.{name}" for name in ("query", "key", "value")]
+        found += [
+            *pair(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"),
+            *pair(f"{theirs}.post_attention_layernorm", f"{ours}.feedforward_norm"),
+            *pair(f"{theirs}.{attention}.query_key_value", *fused, codec=HeadInterleaved(heads)),
+            *pair(f"{theirs}.{attention}.dense", f"{ours}.mixer.output"),
+            *pair(f"{theirs}.mlp.dense_h_to_4h", f"{ours}.feedforward.up"),
+            *pair(f"{theirs}.mlp.dense_4h_to_h", f"{ours}.feedforward.down"),
+        ]
+    return found

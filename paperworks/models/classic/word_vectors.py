@@ -15,6 +15,8 @@ from torch.nn import functional
 from paperworks.models.classic.huffman import TreePaths, huffman_paths
 from paperworks.nn import Spec
 
+Architecture = Literal["skip-gram", "cbow"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WordVectors(Spec):
@@ -42,7 +44,7 @@ class WordVectors(Spec):
 
     vocab_size: int
     dim: int
-    architecture: Literal["skip-gram", "cbow"] = "skip-gram"
+    architecture: Architecture = "skip-gram"
     output: Literal["softmax-tree", "negative sampling"] = "negative sampling"
     negatives: int = 5
     combine: Literal["mean", "sum", "program"] = "program"

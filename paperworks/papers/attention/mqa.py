@@ -178,7 +178,7 @@ class _Decoding:
 )
 def learns_nearly_as_well(lab: Lab) -> Verdict:
     """Train on characters of Shakespeare, equal steps, MLPs widened to equal size."""
-    steps = lab.pick(smoke=3, small=250)
+    steps = lab.pick(smoke=3, small=170)
     specs = {"multi-query": _spec(1), "single head": _spec(1, heads=1), "multi-head": _spec(None)}
 
     def arm(name: str) -> Callable[[int], dict[str, float]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from paperworks import train
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict, Within
 from paperworks.models import Block, Encoder
 from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, Placement, RelativeVectors
+from paperworks.testbeds.training import fit
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -28,6 +27,20 @@ paper = Paper(
         "place holds at every other, also beyond the trained length."
     ),
     implements=("paperworks.nn.position.relative.RelativeVectors",),
+    equation=(
+        r"e_{ij} = \frac{x_i W^Q (x_j W^K + a^K_{ij})^\top}{\sqrt{d_z}}, \; a^K_{ij} = w^K_{\operatorname{clip}(j - "
+        r"i, k)}"
+    ),
+    usage="""
+import torch
+from paperworks.nn import Attention, Placement, RelativeVectors
+
+layer = Attention(heads=4, causal=False, position=RelativeVectors(reach=16)).build(64)
+x = torch.randn(2, 20, 64)
+here = Placement().resolve(2, 20, x.device)
+later = Placement(positions=torch.arange(20)[None] + 1000).resolve(2, 20, x.device)
+print("change 1,000 places on:", float((layer(x, later) - layer(x, here)).detach().abs().max()))
+""",
 )
 
 DIM, HEADS = 64, 4
@@ -185,40 +198,30 @@ def _spec(depth: int, position: RelativeVectors | None) -> Encoder:
     )
 
 
-def _taught(lab: Lab, spec: Encoder, task: Task, steps: int, seed: int, name: str) -> nn.Module:
-    torch.manual_seed(seed)
+def _taught(lab: Lab, spec: Encoder, task: Task, steps: int, seed: int) -> nn.Module:
     model = _Tagger(spec)
 
     def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
-        draws = torch.Generator().manual_seed(1000 * seed + epoch)
+        draws = lab.generator(1000 * seed + epoch)
         return (task.draw(32, TRAINED, draws) for _ in range(steps))
 
-    settings = train.Settings(
-        steps=steps,
-        lr=3e-3,
-        optimizer=train.AdamW(weight_decay=0.0),
-        seed=seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-        warmup=0.05,
-    )
-    with lab.threads(1), lab.progress(name, steps) as advance:
-        train.fit(model, train.next_token_loss, batches, settings, on_step=lambda _: advance(1))
+    adam = train.AdamW(weight_decay=0.0)
+    with lab.threads(1):
+        fit(model, train.next_token_loss, batches, steps=steps, lr=3e-3, seed=seed, optimizer=adam, warmup=0.05)
     return model.eval()
 
 
 @torch.no_grad()
-def _right(model: nn.Module, task: Task, time: int, beyond: int = 0) -> float:
-    """Return the share of right answers at the places from `beyond` on."""
-    batch = task.draw(100, time, torch.Generator().manual_seed(99))
+def _right(model: nn.Module, task: Task, time: int, draws: torch.Generator, beyond: int = 0) -> float:
+    """The share of right answers at the places from `beyond` on."""
+    batch = task.draw(100, time, draws)
     asked = batch["targets"] != IGNORED
     asked[:, :beyond] = False
     return (model(batch["tokens"]).argmax(-1) == batch["targets"])[asked].float().mean().item()
 
 
 # with their layers and steps
-TASKS: dict[str, tuple[Task, int, int]] = {"3 back": (_Back(), 1, 800), "blocks reversed": (_Reversal(), 2, 3000)}
+TASKS: dict[str, tuple[Task, int, int]] = {"3 back": (_Back(), 1, 800), "blocks reversed": (_Reversal(), 2, 2500)}
 
 
 @paper.claim(
@@ -228,65 +231,36 @@ TASKS: dict[str, tuple[Task, int, int]] = {"3 back": (_Back(), 1, 800), "blocks 
 )
 def holds_beyond_the_trained_length(lab: Lab) -> Verdict:
     """Teach "say the symbol 3 back" and "reverse each block of three" and ask at places not trained on."""
-    seeds = range(lab.seed, lab.seed + lab.pick(smoke=1, small=2))
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for task_name, (task, depth, whole) in TASKS.items():
-        steps = lab.pick(smoke=2, small=whole)
-        for kind, position in (("relative", RelativeVectors(reach=REACH)), ("absolute", None)):
-            spec = _spec(depth, position)
-            for seed in seeds:
-                model = _taught(lab, spec, task, steps, seed, f"{task_name}, {kind}, seed {seed}")
-                run = _right(model, task, TRAINED), _right(model, task, 2 * TRAINED, beyond=TRAINED)
-                found.setdefault((task_name, kind), []).append(run)
-    near = {key: statistics.fmean(run[0] for run in runs) for key, runs in found.items()}
-    far = {key: statistics.fmean(run[1] for run in runs) for key, runs in found.items()}
-    worst = min(min(run) for (_, kind), runs in found.items() if kind == "relative" for run in runs)
-    _draw(lab, near, far)
-    return lab.judge(
-        checks={
-            "relative: at least 0.99 at both lengths, every task and seed": worst >= 0.99,
-            "absolute: at least 0.9 where it was trained": min(near[task, "absolute"] for task in TASKS) >= 0.9,
-            "absolute: below 0.5 beyond": max(far[task, "absolute"] for task in TASKS) < 0.5,
-        },
-        measured={
-            f"right, {task}, {where}": values[task, "relative"]
-            for task in TASKS
-            for where, values in (("trained places", near), ("beyond", far))
-        },
-        control={
-            f"right, {task}, {where}": values[task, "absolute"]
-            for task in TASKS
-            for where, values in (("trained places", near), ("beyond", far))
-        },
+
+    def arm(position: RelativeVectors | None) -> Callable[[int], dict[str, float]]:
+        def measures(seed: int) -> dict[str, float]:
+            found = {}
+            for name, (task, depth, steps) in TASKS.items():
+                model = _taught(lab, _spec(depth, position), task, lab.pick(smoke=2, small=steps), seed)
+                tests = lab.generator(10**6 + seed)
+                found[f"right, {name}, trained places"] = _right(model, task, TRAINED, tests)
+                found[f"right, {name}, beyond"] = _right(model, task, 2 * TRAINED, tests, beyond=TRAINED)
+            return found
+
+        return measures
+
+    verdict = lab.compare(
+        arms={"relative": arm(RelativeVectors(reach=REACH)), "absolute": arm(None)},
+        main=Beats("relative", "absolute", on="right, 3 back, beyond", by=0.5),
+        also=[
+            Beats("relative", "absolute", on="right, blocks reversed, beyond", by=0.5),
+            *(AtLeast("relative", 0.99, on=f"right, {task}, beyond") for task in TASKS),
+            *(AtLeast("absolute", 0.9, on=f"right, {task}, trained places") for task in TASKS),
+        ],
+        seeds=2,
         note=f"{SYMBOLS} symbols, so chance is {1 / SYMBOLS:.3f}; width {DIM}, one layer for the first task and two "
-        f"for the second, k = {REACH}, 800 and 3,000 steps of 32 rows of {TRAINED} tokens, {len(seeds)} seeds. Beyond: "
+        f"for the second, k = {REACH}, 800 and 2,500 steps of 32 rows of {TRAINED} tokens. Beyond: "
         f"places {TRAINED} to {2 * TRAINED - 1} of rows twice as long. In earlier designs rows began with a block: "
         "with k = 4 the share of tokens farther than that tells the place in the row, so the second task could be "
-        "learned by place, and was: 0.988 (blocks of four) and 0.843 (of three) right beyond. "
-        "After 2,000 steps one seed was still learning (0.977 at trained places).",
+        "learned by place, and was: 0.988 (blocks of four) and 0.843 (of three) right beyond.",
     )
-
-
-def _draw(lab: Lab, near: dict[tuple[str, str], float], far: dict[tuple[str, str], float]) -> None:
-    with lab.figure("lengths", figsize=(7.6, 2.8)) as figure:
-        for axes, task in zip(figure.subplots(1, 2, sharey=True), TASKS, strict=True):
-            for place, kind in enumerate(("relative", "absolute")):
-                for offset, values, color in (
-                    (-0.2, near, COLORS[2]),
-                    (0.2, far, COLORS[0] if kind == "relative" else CONTROL),
-                ):
-                    value = values[task, kind]
-                    axes.bar(place + offset, value, 0.36, color=color)
-                    where = "trained" if values is near else "beyond"
-                    axes.text(
-                        place + offset, value + 0.02, f"{where}\n{value:.2f}", ha="center", va="bottom", color=INK
-                    )
-            axes.set_xticks((0, 1), ("relative", "absolute"))
-            axes.set_ylim(0, 1.3)
-            axes.set_yticks((0, 0.5, 1))
-            axes.grid(axis="x", visible=False)
-            axes.set_title(task)
-        figure.axes[0].set_ylabel("share of right answers")
+    lab.points("right, blocks reversed, beyond", name="lengths", title="Blocks reversed: right beyond trained places")
+    return verdict
 
 
 @paper.claim(
@@ -299,29 +273,33 @@ def keys_carry_it(lab: Lab) -> Verdict:
     """Teach "say the symbol 3 back" with one layer and parts of the vectors left out."""
     steps, task = lab.pick(smoke=2, small=500), TASKS["3 back"][0]
     both = RelativeVectors(reach=REACH)
-    arms = {
+    positions = {
         "keys and values": both,
         "keys only": replace(both, values=False),
         "values only": replace(both, keys=False),
         "k = 0": RelativeVectors(reach=0),
         "k = 2": RelativeVectors(reach=2),
-        "k = 3": RelativeVectors(reach=3),
     }
-    right = {
-        name: _right(_taught(lab, _spec(1, position), task, steps, lab.seed, name), task, TRAINED)
-        for name, position in arms.items()
-    }
-    return lab.judge(
-        checks={
-            "keys only: at least 0.99": right["keys only"] >= 0.99,
-            "both: at least 0.99": right["keys and values"] >= 0.99,
-            "values only: at least 0.9": right["values only"] >= 0.9,
-            "k = 0: below 0.5": right["k = 0"] < 0.5,
-            "k = 2 clips 3 to 2: below 0.5": right["k = 2"] < 0.5,
-        },
-        measured={f"right, {name}": right[name] for name in ("keys and values", "keys only", "values only", "k = 3")},
-        control={f"right, {name}": right[name] for name in ("k = 0", "k = 2")},
-        note="One layer. Values alone can do it, against a first guess that they could not: what a token is sets how "
-        "much it is attended to, and that is the share of the vector of its distance. With k = 3 the row of -3 also "
-        f"means all that is farther back. {steps} steps, rows of {TRAINED}.",
+
+    def arm(position: RelativeVectors) -> Callable[[int], dict[str, float]]:
+        def measures(seed: int) -> dict[str, float]:
+            model = _taught(lab, _spec(1, position), task, steps, seed)
+            return {"right": _right(model, task, TRAINED, lab.generator(10**6 + seed))}
+
+        return measures
+
+    verdict = lab.compare(
+        arms={name: arm(position) for name, position in positions.items()},
+        main=Beats("keys only", "k = 0", on="right", by=0.5),
+        also=[
+            AtLeast("keys only", 0.99, on="right"),
+            AtLeast("keys and values", 0.99, on="right"),
+            Within("values only", "keys only", on="right", by=0.1),
+            Beats("keys only", "k = 2", on="right", by=0.5),
+        ],
+        seeds=3,
+        note="One layer. Values alone can do it: what a token is sets how much it is attended to, and that is the "
+        f"share of the vector of its distance. k = 2 clips 3 to 2. {steps} steps, rows of {TRAINED}.",
     )
+    lab.points("right", name="parts", title='"Say the symbol 3 back", by the vectors that are learned')
+    return verdict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from paperworks import api, train
 from paperworks.data.text.windows import Batch
-from paperworks.lab import Lab, Paper, Verdict
+from paperworks.lab import AtMost, Beats, Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models import Decoder, DecoderModel
 from paperworks.nn import (
+    AbsolutePositions,
     Attention,
     DynamicNTKScaling,
     LinearScaling,
@@ -25,6 +26,7 @@ from paperworks.nn import (
     RoPE,
     YaRNScaling,
 )
+from paperworks.nn.position.rotary import RoPEScaling
 from paperworks.testbeds.characters import LENGTH, character_llama, held_out_loss, learned_positions, play, trained
 
 paper = Paper(
@@ -45,6 +47,19 @@ paper = Paper(
         "paperworks.nn.position.rotary.DynamicNTKScaling",
         "paperworks.nn.position.rotary.YaRNScaling",
     ),
+    equation=r"\langle R_m q, R_n k \rangle = \langle R_{m-n} q, k \rangle, \quad \theta_i = b^{-2i/d}",
+    usage="""
+import torch
+import paperworks as pw
+from paperworks.nn import Attention, NTKScaling, Placement, RoPE, YaRNScaling
+
+model = pw.load("smollm2")
+tokens = torch.tensor([model.tokenizer.encode("Only distances count.")])
+later = Placement(positions=torch.arange(tokens.shape[1])[None] + 1000)
+print("change 1,000 positions on:", float((model(tokens, later) - model(tokens)).detach().abs().max()))
+for scaling in (NTKScaling(factor=4.0), YaRNScaling(factor=4.0, trained_length=64)):
+    print(Attention(heads=4, position=RoPE(base=1e6, scaling=scaling)).build(64))
+""",
 )
 
 FARTHEST = 1024
@@ -231,6 +246,7 @@ def scalings_are_exact(lab: Lab) -> Verdict:
 @paper.claim(
     "SmolLM2 gives the same logits wherever its text stands",
     paper="Equation 16: only relative positions enter the scores",
+    kind="exact",
     control="only the second half of the tokens moved by 1000, which changes distances",
 )
 @torch.no_grad()
@@ -252,14 +268,13 @@ def positions_may_be_shifted(lab: Lab) -> Verdict:
     )
 
 
-def _steps(lab: Lab) -> int:
-    return lab.pick(smoke=2, small=500, large=4000)
+def _steps(scale: str) -> int:
+    return {"smoke": 2, "small": 450, "large": 6000}[scale]
 
 
 def _model(lab: Lab, position: RoPE | None) -> Decoder:
     play()  # before the bars: it may have to be fetched
-    spec = character_llama(depth=lab.pick(smoke=1, small=4))
-    return _with_rope(spec, position)
+    return _with_rope(character_llama(depth=lab.pick(smoke=1, small=2)), position)
 
 
 def _with_rope(spec: Decoder, position: RoPE | None) -> Decoder:
@@ -268,48 +283,52 @@ def _with_rope(spec: Decoder, position: RoPE | None) -> Decoder:
     return replace(spec, block=replace(block, mixer=replace(block.mixer, position=position)))
 
 
+_TRAINED: dict[tuple[str, int], DecoderModel] = {}  # two claims look at the same models
+
+
+def _rotary(lab: Lab, seed: int) -> DecoderModel:
+    if (lab.scale, seed) not in _TRAINED:
+        _TRAINED[lab.scale, seed] = trained(lab, _model(lab, RoPE()), _steps(lab.scale), seed, "RoPE")
+    return _TRAINED[lab.scale, seed]
+
+
 @paper.claim(
     "Rotary positions are at least as good as learned ones",
     paper="Sections 4.1 to 4.3: 27.5 against 27.3 BLEU, and a faster decrease of the pre-training loss than BERT",
     control="no positions at all (the causal mask still tells some), and learned absolute positions",
+    reach="real",
 )
 def beats_learned_positions(lab: Lab) -> Verdict:
     """Train character models that differ only in their positions; decode with a cache and compare."""
-    steps, seeds = _steps(lab), lab.pick(smoke=(lab.seed,), small=(lab.seed, lab.seed + 1))
-    variants = {
-        "RoPE": _model(lab, RoPE()),
-        "learned": replace(_model(lab, None), position=learned_positions()),
-        "none": _model(lab, None),
-    }
-    losses: dict[str, list[float]] = {name: [] for name in variants}
-    cached = 0.0
-    for name, spec in variants.items():
-        for seed in seeds:
-            model = trained(lab, spec, steps, seed, f"{name}, seed {seed}")
-            losses[name].append(held_out_loss(lab, model))
-            if name == "RoPE":
-                cached = max(cached, _cached_difference(model))
-    means = {name: statistics.fmean(values) for name, values in losses.items()}
-    return lab.judge(
-        checks={
-            "its loss is at or below that of learned positions": means["RoPE"] <= means["learned"],
-            "and below that of none, by more than 0.05 nats": means["RoPE"] < means["none"] - 0.05,
-            "decoding with a cache gives the same logits to 1e-4": cached <= 1e-4,
+
+    def arm(make: Callable[[int], DecoderModel]) -> Callable[[int], dict[str, float]]:
+        def measures(seed: int) -> dict[str, float]:
+            model = make(seed)
+            return {"loss": held_out_loss(lab, model), "difference of cached logits": _cached_difference(model)}
+
+        return measures
+
+    def other(position: AbsolutePositions | None) -> Callable[[int], DecoderModel]:
+        spec = replace(_model(lab, None), position=position)
+        return lambda seed: trained(lab, spec, _steps(lab.scale), seed, "other positions")
+
+    verdict = lab.compare(
+        arms={
+            "RoPE": arm(lambda seed: _rotary(lab, seed)),
+            "learned positions": arm(other(learned_positions())),
+            "no positions": arm(other(None)),
         },
-        measured={
-            "loss, RoPE": means["RoPE"],
-            "by seed, RoPE": losses["RoPE"],
-            "largest difference of cached logits": cached,
-        },
-        control={
-            "loss, learned positions": means["learned"],
-            "by seed, learned positions": losses["learned"],
-            "loss, no positions": means["none"],
-            "by seed, no positions": losses["none"],
-        },
-        note=f"4 layers, width 64, {steps} steps of 1,024 characters of tinyshakespeare, seeds "
-        f"{', '.join(map(str, seeds))}; nats a character on the last tenth.",
+        main=Beats("RoPE", "no positions", on="loss", by=0.05, lower=True),
+        also=[
+            Beats("RoPE", "learned positions", on="loss", lower=True),
+            AtMost("RoPE", 1e-4, on="difference of cached logits"),
+        ],
+        seeds=3,
+        note=f"Two layers of width 64, {_steps(lab.scale)} steps of 1,024 characters of tinyshakespeare; nats a "
+        "character on the last tenth.",
     )
+    lab.points("loss", name="positions", title="Held-out loss by positions")
+    return verdict
 
 
 @torch.no_grad()
@@ -325,65 +344,52 @@ def _cached_difference(model: DecoderModel) -> float:
     "Beyond the trained length RoPE degrades, and rescaled angles recover at least half",
     paper="Not in this paper, which trains at 512 and tests to 1,024 (Table 5); scalings: 2306.15595, bloc97 2023",
     control="plain RoPE at twice the trained length",
+    reach="real",
 )
 def scaling_extends_the_context(lab: Lab) -> Verdict:
     """Score the same characters with a context inside the trained length, and with longer ones, by each rule."""
-    steps = lab.pick(smoke=2, small=900, large=6000)
-    model = trained(lab, _model(lab, RoPE()), steps, lab.seed, "RoPE, 64 characters")
     lengths = (LENGTH, 3 * LENGTH // 2, 2 * LENGTH, 3 * LENGTH, 4 * LENGTH)
-    losses: dict[str, list[float]] = {"plain": [], "linear": [], "NTK": []}
-    for length in lab.track(lengths, "lengths"):
-        factor = length / LENGTH
-        rules = {"plain": None, "linear": LinearScaling(factor=factor), "NTK": NTKScaling(factor=factor)}
-        for name, scaling in rules.items():
-            losses[name].append(_loss_at_the_end(lab, model, RoPE(scaling=scaling), length))
-    inside = losses["plain"][0]
-    twice = {name: values[lengths.index(2 * LENGTH)] for name, values in losses.items()}
-    rise = twice["plain"] - inside
-    recovered = {name: (twice["plain"] - twice[name]) / rise if rise > 0 else 0.0 for name in ("linear", "NTK")}
-    _draw_lengths(lab, lengths, losses)
-    return lab.judge(
-        checks={
-            "linear or NTK recovers at least half of the rise": rise > 0 and max(recovered.values()) >= 0.5,
-            "plain RoPE is worse by 0.05 nats": rise >= 0.05,
+
+    def arm(rule: Callable[[float], RoPEScaling | None]) -> Callable[[int], dict[str, float | list[float]]]:
+        def measures(seed: int) -> dict[str, float | list[float]]:
+            model = _rotary(lab, seed)
+            losses = [_loss_at_the_end(lab, model, RoPE(scaling=rule(at / LENGTH)), at) for at in lengths]
+            plain = _loss_at_the_end(lab, model, RoPE(), 2 * LENGTH)
+            return {
+                "loss at twice the length": losses[2],
+                "share of the rise that is left": (losses[2] - losses[0]) / max(plain - losses[0], 1e-9),
+                "loss": losses,
+                "characters in the window": [float(at) for at in lengths],
+            }
+
+        return measures
+
+    verdict = lab.compare(
+        arms={
+            "NTK": arm(lambda factor: NTKScaling(factor=factor)),
+            "linear": arm(lambda factor: LinearScaling(factor=factor)),
+            "plain": arm(lambda factor: None),
         },
-        measured={
-            "loss within the trained length": inside,
-            "loss at twice the length, linear": twice["linear"],
-            "loss at twice the length, NTK": twice["NTK"],
-            "recovered by linear": recovered["linear"],
-            "recovered by NTK": recovered["NTK"],
-        },
-        control={"loss at twice the length, plain": twice["plain"], "rise": rise},
-        note=f"Trained for {steps} steps on windows of {LENGTH}; the loss is that of the last 32 characters of each "
-        "window, the same characters at every length, seed "
-        f"{lab.seed}. Nothing is trained after rescaling.",
+        main=Beats("NTK", "plain", on="loss at twice the length", by=0.05, lower=True),
+        also=[AtMost("NTK", 0.5, on="share of the rise that is left")],
+        seeds=3,
+        note=f"Trained for {_steps(lab.scale)} steps on windows of {LENGTH}; the loss is that of the last 32 "
+        "characters of each window, the same characters at every length. Nothing is trained after rescaling, which "
+        "linear interpolation needs: it makes distances of the training rare ones.",
     )
+    lab.curves("loss", x="characters in the window", name="lengths", title="Loss of the last 32 characters, nats")
+    return verdict
 
 
 def _loss_at_the_end(lab: Lab, model: DecoderModel, rope: RoPE, length: int) -> float:
-    """Return the loss of the last 32 characters of each window of 256, seen through the last `length` of it."""
+    """The loss of the last 32 characters of each window of 256, seen through the last `length` of it."""
     longest, scored = 4 * LENGTH, 32
     rescaled = _with_rope(model.spec, rope).build()
     rescaled.load_state_dict(model.state_dict())
     windows: list[Batch] = []
-    for batch in play().held_out_windows(length=longest, count=lab.pick(smoke=4, small=400)):
+    for batch in play().held_out_windows(length=longest, count=lab.pick(smoke=4, small=200)):
         targets = batch["targets"][:, -length:].clone()
         targets[:, :-scored] = -100  # not scored
         windows.append({"tokens": batch["tokens"][:, -length:], "targets": targets})
     with lab.threads(1):
         return train.evaluate(rescaled, train.next_token_loss, windows)["loss"]
-
-
-def _draw_lengths(lab: Lab, lengths: tuple[int, ...], losses: dict[str, list[float]]) -> None:
-    with lab.figure("lengths", figsize=(7.2, 3.4)) as figure:
-        axes = figure.subplots()
-        colors = {"plain": CONTROL, "linear": COLORS[0], "NTK": COLORS[1]}
-        labels = {"plain": "plain RoPE (control)", "linear": "linear", "NTK": "NTK-aware"}
-        for name, values in losses.items():
-            axes.plot(lengths, values, "o-", color=colors[name], label=labels[name])
-        axes.axvline(LENGTH, color=CONTROL, linewidth=0.9, linestyle=":")
-        axes.set_xticks(lengths)
-        axes.set_xlabel("characters in the window (trained: 64)")
-        axes.set_title("Loss in nats of the last 32 characters of the window")
-        axes.legend()

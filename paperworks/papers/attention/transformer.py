@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from paperworks import train
 from paperworks.generation import beam_search
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import Block, Decoder, Encoder, PostNorm, Seq2Seq, Seq2SeqModel, count_parameters
 from paperworks.models.encoder import segments_of
 from paperworks.nn import MLP, Attention, CrossAttention, LayerNorm, Placement, SinusoidalPositions
+from paperworks.testbeds.training import fit
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -35,10 +35,22 @@ paper = Paper(
         "paperworks.nn.position.absolute.SinusoidalPositions",
         "paperworks.train.losses.smoothed_cross_entropy_sum",
     ),
+    equation=r"\operatorname{Attention}(Q, K, V) = \operatorname{softmax}\left(Q K^\top / \sqrt{d_k}\right) V",
+    usage="""
+import torch
+from paperworks.models import count_parameters
+from paperworks.papers.attention.transformer import transformer
+
+print("base:", count_parameters(transformer(512, 6, 8, 2048, 37_000)), "parameters")
+model = transformer(64, 2, 4, 256, vocab_size=100).build()  # Seq2Seq(encoder=Encoder(...), decoder=Decoder(...))
+source, target = torch.randint(1, 100, (2, 9)), torch.randint(1, 100, (2, 7))
+print("logits of the target:", tuple(model(source, target).shape))
+""",
 )
 
 PAD, START, END, WORDS = 0, 1, 2, 20
-SHORTEST, LONGEST = 3, 10
+SHORTEST, LONGEST = 3, 6
+WARMUP = 400  # steps
 
 
 def transformer(dim: int, depth: int, heads: int, hidden: int, vocab_size: int, dropout: float = 0.1) -> Seq2Seq:
@@ -148,38 +160,27 @@ def _blank(source: Tensor) -> Tensor:
     return torch.where(source > 0, 3, PAD)
 
 
-def _trained(lab: Lab, spec: Seq2Seq, steps: int, name: str, *, blank: bool = False) -> Seq2SeqModel:
-    torch.manual_seed(lab.seed)
+def _trained(lab: Lab, spec: Seq2Seq, steps: int, seed: int, *, blank: bool) -> Seq2SeqModel:
     model = spec.build()
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        draws = torch.Generator().manual_seed(lab.seed + epoch)
+        draws = lab.generator(1000 * seed + epoch)
         drawn = (_sentences(64, draws) for _ in range(steps))
         return ((_blank(source) if blank else source, target) for source, target in drawn)
 
-    warmup = min(400, steps)
-    settings = train.Settings(
-        steps=steps,
-        lr=(64 * 400) ** -0.5,
-        optimizer=train.AdamW(betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0),
-        clip=None,
-        schedule=train.InverseSqrt(400),
-        warmup=warmup,
-        min_lr=0.0,
-        seed=lab.seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(name, steps) as advance:
-        train.fit(model, _loss, batches, settings, on_step=lambda _: advance(1))
+    adam = train.AdamW(betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0)
+    with lab.threads(1):
+        fit(
+            model, _loss, batches, steps=steps, lr=(64 * WARMUP) ** -0.5, seed=seed, optimizer=adam, clip=None,
+            schedule=train.InverseSqrt(WARMUP), warmup=min(WARMUP, steps), min_lr=0.0,
+        )  # fmt: skip
     return model.eval()
 
 
 @torch.no_grad()
-def _right(model: Seq2SeqModel, count: int, *, blank: bool = False) -> tuple[float, float, float]:
-    """Return the share of whole sentences right when written greedily, of words right when told the past, the loss."""
-    source, target = _sentences(count, torch.Generator().manual_seed(12_345))
+def _right(model: Seq2SeqModel, count: int, draws: torch.Generator, *, blank: bool) -> dict[str, float]:
+    """The share of whole sentences right when written greedily, of words right when told the past, and the loss."""
+    source, target = _sentences(count, draws)
     source = _blank(source) if blank else source
     given = model.conditioned(source, Placement(segments=(source > 0).long()))
     start = torch.full((count, 1), START)
@@ -187,13 +188,14 @@ def _right(model: Seq2SeqModel, count: int, *, blank: bool = False) -> tuple[flo
     wanted = target.masked_fill(target == END, PAD)
     width = max(written.shape[1], wanted.shape[1])
     same = [functional.pad(each, (0, width - each.shape[1])) for each in (written, wanted)]
-    exact = float((same[0] == same[1]).all(1).float().mean())
     before = functional.pad(target[:, :-1], (1, 0), value=START)
     logits = model(source, before, source_placement=Placement(segments=(source > 0).long()))
     real = (target > 0) & (target != END)
-    told = float((logits.argmax(-1) == target)[real].float().mean())
-    loss = float(functional.cross_entropy(logits[real], target[real]))
-    return exact, told, loss
+    return {
+        "sentences right": float((same[0] == same[1]).all(1).float().mean()),
+        "words right, told the past": float((logits.argmax(-1) == target)[real].float().mean()),
+        "loss, told the past": float(functional.cross_entropy(logits[real], target[real])),
+    }
 
 
 @paper.claim(
@@ -202,50 +204,38 @@ def _right(model: Seq2SeqModel, count: int, *, blank: bool = False) -> tuple[flo
     control="without positions; without what the encoder read; without the causal mask",
 )
 def reverses_sentences(lab: Lab) -> Verdict:
-    """Sentences of 3 to 10 of 20 words; width 64, 2 + 2 layers, the paper's optimizer, schedule and label smoothing."""
-    steps, judged = lab.pick(smoke=(3, 8), small=(1500, 500))
+    """Sentences of 3 to 6 of 20 words; width 64, 2 + 2 layers, the paper's optimizer, schedule and label smoothing."""
+    steps, judged = lab.pick(smoke=(3, 8), small=(750, 500))
     spec = transformer(64, 2, 4, 256, WORDS + 3)
     encoder, decoder = spec.encoder, spec.decoder
-    writing = decoder.blocks[0]
-    peeking = replace(writing, mixer=Attention(heads=4, causal=False))
-    arms = {
-        "Transformer": spec,
-        "no positions": replace(spec, encoder=replace(encoder, position=None), decoder=replace(decoder, position=None)),
-        "nothing to read": spec,
-        "no causal mask": replace(spec, decoder=replace(decoder, block=peeking)),
-    }
-    found: dict[str, tuple[float, float, float]] = {}
-    for name, arm in arms.items():
-        length = steps if name == "Transformer" else steps // 2  # the controls are far from it long before
-        blank = name == "nothing to read"
-        found[name] = _right(_trained(lab, arm, length, name, blank=blank), judged, blank=blank)
-    with lab.figure("reversal", figsize=(7.2, 2.6)) as figure:
-        axes = figure.subplots()
-        for offset, part, label, alpha in ((0.2, 0, "sentences written", 1.0), (-0.2, 1, "words, told the past", 0.45)):
-            values = [each[part] for each in found.values()]
-            places = [place + offset for place in range(len(found))][::-1]
-            colors = [COLORS[0], CONTROL, CONTROL, CONTROL]
-            axes.barh(places, values, height=0.36, color=colors, alpha=alpha, label=label)
-            for place, value in zip(places, values, strict=True):
-                axes.text(value, place, f" {value:.2f} {label}", va="center", fontsize=8)
-        axes.set_yticks(range(len(found)), list(found)[::-1])
-        axes.set(title="Right on held-out sentences", xlim=(0, 1.4))
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
-    ours = found["Transformer"]
-    return lab.judge(
-        checks={
-            "at least 0.97 of the sentences are written without a mistake": ours[0] >= 0.97,
-            "without positions below 0.5": found["no positions"][0] < 0.5,
-            "with nothing to read words are guessed: below 0.1": found["nothing to read"][1] < 0.1,
-            "without the mask the past says all (loss below 0.6)": found["no causal mask"][2] < 0.6,
-            "and nothing can be written": found["no causal mask"][0] < 0.1,
+    placeless = replace(spec, encoder=replace(encoder, position=None), decoder=replace(decoder, position=None))
+    peeking = replace(decoder.blocks[0], mixer=Attention(heads=4, causal=False))
+
+    def arm(spec: Seq2Seq, *, blank: bool = False) -> Callable[[int], dict[str, float]]:
+        def measures(seed: int) -> dict[str, float]:
+            model = _trained(lab, spec, steps, seed, blank=blank)
+            return _right(model, judged, lab.generator(10**6 + seed), blank=blank)
+
+        return measures
+
+    verdict = lab.compare(
+        arms={
+            "Transformer": arm(spec),
+            "no positions": arm(placeless),
+            "nothing to read": arm(spec, blank=True),
+            "no causal mask": arm(replace(spec, decoder=replace(decoder, block=peeking))),
         },
-        measured={"sentences right": ours[0], "words right, told the past": ours[1], "steps": steps},
-        control={
-            "sentences right: no positions, nothing to read, no mask": [found[name][0] for name in list(found)[1:]],
-            "words right, told the past": [found[name][1] for name in list(found)[1:]],
-            "loss, told the past": [found[name][2] for name in list(found)[1:]],
-        },
-        note="Controls get half of the steps. Smoothed labels do not ask for a loss of 0: a sure word has about 0.1. "
-        "Without content, every word of the source is one and the same, so that its length alone can be read.",
+        main=Beats("Transformer", "no positions", on="sentences right", by=0.5),
+        also=[
+            AtLeast("Transformer", 0.97, on="sentences right"),
+            AtMost("nothing to read", 0.1, on="words right, told the past"),
+            AtMost("no causal mask", 0.6, on="loss, told the past"),
+            AtMost("no causal mask", 0.1, on="sentences right"),
+        ],
+        seeds=2,
+        note=f"{steps} steps of 64 sentences. Without the mask the past says all, and nothing can be written. Smoothed "
+        "labels do not ask for a loss of 0: a sure word has about 0.1. Without content every word of the source is one "
+        "and the same, so that its length alone can be read.",
     )
+    lab.points("sentences right", name="reversal", title="Held-out sentences written without a mistake")
+    return verdict

@@ -50,6 +50,21 @@ paper = Paper(
         "paperworks.nn.attention.reference.tree.all_reduce",
         "paperworks.nn.attention.reference.tree.energy",
     ),
+    equation=(
+        r"F(\zeta) = \sum_a \log \sum_j \exp(q_a \cdot k_j + \zeta \cdot v_j), \quad \left. \frac{\partial "
+        r"F}{\partial \zeta} \right|_{\zeta = 0} = \operatorname{Attention}(q, K, V)"
+    ),
+    usage="""
+import torch
+from paperworks.nn.attention.reference.tree import Exchange, partial_attention, reduce_tree
+
+q = torch.randn(1, 4, 1, 16, dtype=torch.float64)  # (batch, heads, queries, channels)
+k, v = torch.randn(2, 1, 4, 4096, 16, dtype=torch.float64)
+parts = [partial_attention(q, *part) for part in zip(k.chunk(8, 2), v.chunk(8, 2), strict=True)]  # of 8 processes
+exchange = Exchange()
+out = reduce_tree(parts, exchange)
+print(exchange.rounds, "rounds,", exchange.sent, "numbers sent")
+""",
 )
 
 
@@ -211,6 +226,7 @@ def _worker(rank: int, workers: int, spec: Decoder, length: int, tokens: int, se
 @paper.claim(
     "Four processes that hold a quarter of the cache each say what one with all of it says",
     paper="Section 6: the same outputs as full attention, decoding with the cache of a long text over many devices",
+    kind="exact",
     control="one process, which holds four times as much; a quarter of the cache alone",
 )
 def four_processes_agree(lab: Lab) -> Verdict:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ from paperworks.interpret.sae.evaluation.autointerp import (
     silent_excerpts,
 )
 from paperworks.interpret.sae.evaluation.dashboard import AROUND, Excerpt, feature_views
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel
 from paperworks.testbeds import smollm2_activations as activations
 from paperworks.testbeds.scored_text import scored_text
@@ -47,6 +47,26 @@ paper = Paper(
         "paperworks.interpret.sae.evaluation.autointerp.fuzzing",
         "paperworks.interpret.sae.evaluation.autointerp.silent_excerpts",
     ),
+    equation=r"\text{score} = \tfrac{1}{2} \big( P(\text{said on} \mid \text{on}) "
+    r"+ P(\text{said off} \mid \text{off}) \big)",
+    usage="""
+from paperworks.interpret.sae.evaluation.autointerp import detection
+from paperworks.interpret.sae.evaluation.dashboard import Excerpt
+
+class Judge:  # anything with this method: a chat model, or a rule as here
+    def complete(self, messages, n=1, **options):
+        passages = messages[-1]["content"].split("Explanation: ")[-1].splitlines()
+        return [str([int("cat" in line) for line in passages if line[:1].isdigit()])] * n
+
+on = [Excerpt((1, 0), (2.0, 0.0), 0)]   # tokens, and the latent's activation at each
+off = [Excerpt((2, 0), (0.0, 0.0), 0)]
+score = detection(Judge(), "cats", on, off, lambda token: (" and", " cat", " dog")[token])
+print("balanced accuracy:", score.balanced_accuracy)
+""",
+    notes=(
+        "Explainer and judge follow word rules and are no language model: SmolLM2-135M cannot answer such questions, "
+        "and no larger chat model is small enough to be taken along. Passages are the strongest of each latent."
+    ),
 )
 
 SHOWN, JUDGED = 40, 24  # passages for the explainer, as in the paper; for the judge, of each class
@@ -64,7 +84,7 @@ class Word:
 
 
 def _words(passage: str) -> list[Word]:
-    """Return the words and signs of a passage in lower case; a word is marked when a part of it is."""
+    """The words and signs of a passage in lower case; a word is marked when a part of it is."""
     clean, inside, marks = "", False, []
     for part in re.split("(<<|>>)", passage):
         if part in ("<<", ">>"):
@@ -89,7 +109,7 @@ class RuleExplainer:
     def complete(
         self, messages: Sequence[Mapping[str, str]], n: int = 1, *, temperature: float = 0.0, max_tokens: int = 128
     ) -> list[str]:
-        """Return the lists; a word is in one when it was marked more often than not, and twice or more."""
+        """The lists; a word is in one when it was marked more often than not, and twice or more."""
         words = [word for passage in _passages(messages[-1]["content"]) for word in _words(passage)]
         rules = {}
         for name, read in (("words", lambda word: word.text), ("after", lambda word: word.before)):
@@ -107,7 +127,7 @@ class RuleJudge:
     def complete(
         self, messages: Sequence[Mapping[str, str]], n: int = 1, *, temperature: float = 0.0, max_tokens: int = 128
     ) -> list[str]:
-        """Return a list of 0 and 1."""
+        """A list of 0 and 1."""
         question = messages[-1]["content"]
         rules = json.loads(question.splitlines()[0].removeprefix("Explanation: "))
         answers = []
@@ -139,16 +159,15 @@ def _material(
     latents: list[int] | None = None,
     most: int = 100,
     leave_out_first: int = 1,
+    seed: int = 0,
 ) -> list[Material]:
-    """Return what there is to show and to judge, of some latents or the most typical; those with too little are out."""
+    """Passages to show and to judge, of some latents or the most typical; those with too few are out."""
     shown, judged = lab.pick(smoke=2, small=SHOWN), lab.pick(smoke=2, small=JUDGED)
     found = feature_views(
         model, tap, own, batches, latents, most=most, excerpts=3 * (shown + judged), leave_out_first=leave_out_first
     )
     chosen = [view.index for view in found]
-    silent = silent_excerpts(
-        model, tap, own, batches, chosen, count=judged, seed=lab.seed, leave_out_first=leave_out_first
-    )
+    silent = silent_excerpts(model, tap, own, batches, chosen, count=judged, seed=seed, leave_out_first=leave_out_first)
     material = []
     for view, off in zip(found, silent, strict=True):
         # Those cut short by an end of their sequence hold fewer words of any kind than silent ones do.
@@ -166,7 +185,7 @@ class Trunk(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the last hidden states."""
+        """The last hidden states."""
         return self.model.hidden(tokens)
 
 
@@ -180,7 +199,7 @@ class Scores:
     @property
     def means(self) -> list[float]:
         """Both means."""
-        return [sum(values) / len(values) for values in (self.detection, self.fuzzing)]
+        return [sum(values) / max(len(values), 1) for values in (self.detection, self.fuzzing)]
 
 
 def _scores(
@@ -200,7 +219,7 @@ def _shifted(explanations: list[str]) -> list[str]:
     return explanations[1:] + explanations[:1]
 
 
-def _dictionary(lab: Lab, model: DecoderModel, tap: str, contexts: Tensor) -> sae.SparseAutoencoder:
+def _dictionary(lab: Lab, model: DecoderModel, tap: str, contexts: Tensor, seed: int) -> sae.SparseAutoencoder:
     """Train a TopK autoencoder on a tap of the model."""
     batches = list(contexts.split(8))
     longest = 5 * sae.Activations(model, tap, batches[:2]).median_length(1024)
@@ -210,14 +229,14 @@ def _dictionary(lab: Lab, model: DecoderModel, tap: str, contexts: Tensor) -> sa
     where = activations.Setting(model, tap, rows * factor, rows[:0], [], factor, longest, "")
     spec = sae.TopK(latents=lab.pick(smoke=128, small=LATENTS), k=lab.pick(smoke=4, small=32), aux=0.0)
     with lab.threads(1):
-        own = activations.fitted(lab, where, spec, steps=lab.pick(smoke=4, small=300), lr=1e-3, clip=1.0, seed=lab.seed)
+        own = activations.fitted(lab, where, spec, steps=lab.pick(smoke=4, small=300), lr=1e-3, clip=1.0, seed=seed)
     own.rescale(1 / factor)
     return own
 
 
 @torch.no_grad()
 def _neurons(model: DecoderModel, tap: str, batches: list[Tensor], share: float) -> sae.SparseAutoencoder:
-    """Return hidden neurons as a dictionary: each is on at the given share of tokens, where it is largest."""
+    """Hidden neurons as a dictionary: each is on at the given share of tokens, where it is largest."""
     rows = torch.cat(list(sae.Activations(model, tap, batches).rows()))
     own = sae.Standard(latents=rows.shape[1], penalty=0.0).build(rows.shape[1]).to(rows.device).eval()
     own.encoder.copy_(torch.eye(own.dim))
@@ -227,14 +246,20 @@ def _neurons(model: DecoderModel, tap: str, batches: list[Tensor], share: float)
     return own
 
 
-@paper.claim(
-    "The scores tell right explanations from others', and latents of an autoencoder from neurons",
-    paper="Sections 3 and 4: detection and fuzzing separate good explanations from bad ones; latents of sparse "
-    "autoencoders score far above neurons",
-    control="the same explanations shuffled over the latents; and as many neurons, as rarely on",
-)
-def scores_mean_something(lab: Lab) -> Verdict:
-    """Explain latents of SmolLM2's fourth block and neurons in it by word rules, and score them on other passages."""
+@dataclass(frozen=True)
+class Explained:
+    """Scores of latents with their own explanations and with the next one's, and of neurons with theirs."""
+
+    latents: Scores
+    shuffled: Scores
+    neurons: Scores
+    examples: list[tuple[int, str, float, float]]  # latent, rules, detection, fuzzing
+    words: str
+
+
+@cache
+def _explained(lab: Lab, seed: int) -> Explained:
+    """Explain latents of SmolLM2's fourth block and as many neurons in it by word rules, and score them."""
     model = smollm2(lab).eval()
     depth = lab.pick(smoke=1, small=4)
     model.blocks = model.blocks[:depth]  # what comes after the tap is not needed
@@ -242,85 +267,86 @@ def scores_mean_something(lab: Lab) -> Verdict:
     tokenizer: Any = model.tokenizer
     text = scored_text(tokenizer, lab.pick(smoke=16, small=256) * CONTEXT)
     contexts = text.tokens.view(-1, CONTEXT)
-    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(lab.seed))
-    contexts = contexts[order].to(lab.device)
-    own = _dictionary(lab, model, tap, contexts)
+    contexts = contexts[torch.randperm(len(contexts), generator=lab.generator(seed))].to(lab.device)
+    own = _dictionary(lab, model, tap, contexts, seed)
     batches = list(contexts[: lab.pick(smoke=8, small=256)].split(8))  # looked at, as by a dashboard: in-sample
-    count = lab.pick(smoke=4, small=30)
+    count = lab.pick(smoke=4, small=24)
     trunk = Trunk(model)
-    ours = _material(lab, trunk, f"model.{tap}", own, batches, most=count)
+    ours = _material(lab, trunk, f"model.{tap}", own, batches, most=count, seed=seed)
     # A smoke run's random weights may have nothing to show.
     density = sorted(each.density for each in ours)[len(ours) // 2] if ours else 0.02
     hidden = f"{tap}.feedforward.hidden"
     neurons = _neurons(model, hidden, batches, density)
-    drawn = torch.randperm(neurons.latents, generator=torch.Generator().manual_seed(lab.seed))[:count].tolist()
-    theirs = _material(lab, trunk, f"model.{hidden}", neurons, batches, drawn)
+    drawn = torch.randperm(neurons.latents, generator=lab.generator(seed))[:count].tolist()
+    theirs = _material(lab, trunk, f"model.{hidden}", neurons, batches, drawn, seed=seed)
 
     def decode(token: int) -> str:
         return tokenizer.decode([token])
 
     explainer, judge = RuleExplainer(), RuleJudge()
-    if not ours or not theirs:
-        return lab.judge({"there are latents with enough passages": False}, {"latents": len(ours)}, {"n": len(theirs)})
     texts, other = ([explain(explainer, each.shown, decode) for each in found] for found in (ours, theirs))
     right, wrong = (_scores(ours, each, decode, judge) for each in (texts, _shifted(texts)))
-    neuron = _scores(theirs, other, decode, judge)
-    _draw(lab, right, wrong, neuron)
     best = sorted(range(len(ours)), key=lambda place: -right.detection[place])
-    lab.table(
-        "Some latents, by detection score",
-        ["latent", "rules", "detection", "fuzzing"],
+    return Explained(
+        right,
+        wrong,
+        _scores(theirs, other, decode, judge),
         [
-            [ours[place].latent, texts[place][:160], right.detection[place], right.fuzzing[place]]
-            for place in (*best[:4], *best[-4:])
+            (ours[place].latent, texts[place][:160], right.detection[place], right.fuzzing[place])
+            for place in dict.fromkeys((*best[:4], *best[-4:]))
         ],
-    )
-    return lab.judge(
-        checks={
-            "detection of latents above 0.8": right.means[0] > 0.8,
-            "explanations shuffled: detection and fuzzing within 0.05 of chance": all(
-                abs(value - 0.5) < 0.05 for value in wrong.means
-            ),
-            "detection of neurons below 0.7": neuron.means[0] < 0.7,
-            "fuzzing of latents above that of neurons": right.means[1] > neuron.means[1],
-        },
-        measured={
-            "latents": len(ours),
-            "mean detection score": right.means[0],
-            "mean fuzzing score": right.means[1],
-            "density, median": density,
-        },
-        control={
-            "shuffled: mean detection and fuzzing": wrong.means,
-            "neurons": len(theirs),
-            "neurons: mean detection and fuzzing": neuron.means,
-        },
-        note=f"{text.words}; TopK with {LATENTS} latents, 32 on, after block 4 of 30, 300 steps of 256; latents of "
-        f"typical density; {SHOWN} passages for the explainer, {JUDGED} others of each class for the judge. Explainer "
-        "and judge follow word rules (which words are marked, which words marked ones come after): no language model. "
-        "Passages are the strongest of each latent. A first run, which showed the explainer 12 passages of 96 texts, "
-        "had 0.688 and 0.653 for latents, 0.599 and 0.578 for neurons. The bar of 0.8 was set beforehand; we think it "
-        "is missed because the rules are single words and the autoencoder saw only 32,768 tokens in 300 steps.",
+        text.words,
     )
 
 
-def _draw(lab: Lab, right: Scores, wrong: Scores, neuron: Scores) -> None:
-    with lab.figure("scores", figsize=(7.6, 3.4)) as figure:
-        for axes, name in zip(figure.subplots(1, 2, sharey=True), ("detection", "fuzzing"), strict=True):
-            axes.axvline(0.5, color=FAINT, linewidth=1.0, linestyle=":")
-            for scores, color, label in (
-                (right, COLORS[0], "latents"),
-                (wrong, CONTROL, "explanations shuffled"),
-                (neuron, COLORS[1], "neurons"),
-            ):
-                values = sorted(getattr(scores, name))
-                shares = [(place + 1) / len(values) for place in range(len(values))]
-                axes.step(values, shares, where="post", color=color, label=label)
-            axes.set_title(name.capitalize())
-            axes.set_xlabel("balanced accuracy")
-            axes.set_xlim(0.2, 1.02)
-        figure.axes[0].set_ylabel("share with at most this score")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+@paper.claim(
+    "The scores tell right explanations from others', and latents of an autoencoder from neurons",
+    paper="Sections 3 and 4: detection and fuzzing separate good explanations from bad ones; latents of sparse "
+    "autoencoders score far above neurons",
+    control="the same explanations shuffled over the latents; and as many neurons, as rarely on",
+    reach="real",
+)
+def scores_mean_something(lab: Lab) -> Verdict:
+    """Score explanations on passages the explainer has not seen: the latents' own, shuffled ones, and neurons'."""
+    seen: list[Explained] = []
+
+    def arm(which: Callable[[Explained], Scores]) -> Callable[[int], dict[str, float]]:
+        def run(seed: int) -> dict[str, float]:
+            found = _explained(lab, seed)
+            seen.append(found)
+            scores = which(found)
+            detected, fuzzed = scores.means
+            return {"detection": detected, "fuzzing": fuzzed, "explained": len(scores.detection)}
+
+        return run
+
+    ours, shuffled, neurons = "latents", "explanations shuffled", "neurons"
+    verdict = lab.compare(
+        arms={
+            ours: arm(lambda found: found.latents),
+            shuffled: arm(lambda found: found.shuffled),
+            neurons: arm(lambda found: found.neurons),
+        },
+        main=Beats(ours, shuffled, on="detection", by=0.15),
+        also=[
+            Beats(ours, shuffled, on="fuzzing", by=0.15),
+            Beats(ours, neurons, on="detection"),
+            Beats(ours, neurons, on="fuzzing"),
+            AtLeast(ours, 0.8, on="detection"),
+            AtMost(neurons, 0.7, on="detection"),
+            AtLeast(shuffled, 0.45, on="detection"),
+            AtMost(shuffled, 0.55, on="detection"),
+        ],
+        seeds=2,
+        note=f"TopK with {LATENTS} latents, 32 on, after block 4 of 30, 300 steps of 256; latents of typical density; "
+        f"{SHOWN} passages for the explainer, {JUDGED} others of each class for the judge; balanced accuracy, mean of "
+        "the latents. The bar of 0.8 was set for the first design. Where it is missed, the likely reason is that rules "
+        "are single words and that the autoencoder sees only 32,768 tokens.",
+    )
+    lab.points("detection", name="scores", title="Detection score, mean of the latents or neurons")
+    lab.table("Some latents, by detection score", ["latent", "rules", "detection", "fuzzing"], seen[0].examples)
+    lab.text("Text that is looked at", seen[0].words)
+    return verdict
 
 
 class Constant:
@@ -332,7 +358,7 @@ class Constant:
     def complete(
         self, messages: Sequence[Mapping[str, str]], n: int = 1, *, temperature: float = 0.0, max_tokens: int = 128
     ) -> list[str]:
-        """Return as many of the same as there are passages."""
+        """The same answer for every passage."""
         return [str([self.answer] * len(_passages(messages[-1]["content"])))] * n
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,8 +18,7 @@ from paperworks import api, interpret
 from paperworks.generation.prompts import left_pad
 from paperworks.interpret import sae
 from paperworks.interpret.sae.evaluation.clamping import clamp, largest_strengths
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel
 from paperworks.models.presets.families import llama
 from paperworks.nn import Placement
@@ -41,22 +42,34 @@ paper = Paper(
         "paperworks.interpret.sae.evaluation.clamping.push",
         "paperworks.interpret.sae.evaluation.clamping.largest_strengths",
     ),
+    equation=r"x' = x + \Big( \frac{c}{\lVert W_{\mathrm{dec},i} \rVert} - f_i(x) \Big) W_{\mathrm{dec},i}, \qquad "
+    r"c = k \max_{\mathrm{corpus}} f_i \lVert W_{\mathrm{dec},i} \rVert",
+    usage="""
+import paperworks as pw
+from paperworks.interpret import sae
+from paperworks.interpret.sae.evaluation.clamping import clamp
+
+model = pw.load("smollm2")
+autoencoder = sae.TopK(latents=1152, k=32).build(model.spec.dim)  # or one that was trained: sae.load(folder)
+with clamp(model, "blocks.15", autoencoder, {787: 200.0}):  # latent 787 held at 200, the error kept
+    print(pw.generate(model, ["The weather in the mountains is"], max_new_tokens=8, temperature=0.0)[0])
+""",
+    notes=(
+        "A dictionary of 1,152 latents and a latent that reads capitals, where the paper has millions and the Golden "
+        "Gate Bridge. At five times its maximum the latent writes pieces of words in capitals and no sentence."
+    ),
 )
 
 CONTEXT = activations.CONTEXT
 LATENTS = 1152  # twice the dimensions of SmolLM2
 MULTIPLES = (-1, 0, 1, 2, 5)  # of the largest activation seen
-CONTROLLED = (2, 5)
 TIMES_MEDIAN = 5  # activations longer than so many medians are attention sinks
-DRAWS = 8  # random directions, and other latents, that the effect is compared with
+DRAWS = 3  # random directions, and other latents, that the effect is compared with
 PROMPTS = (
     *("The weather in the mountains is", "My favourite meal is a bowl of", "Last summer we travelled by"),
     *("A computer follows instructions that", "Plants need water and", "She opened the door and found"),
     *("The history of the city begins with", "To learn a language you should", "In the evening the children"),
     *("The old man walked slowly to the", "We went to the market to buy", "The teacher asked the students to"),
-    *("On the table there was a", "The river flows through the", "He wrote a long letter to his"),
-    *("The train was late because", "A good friend is someone who", "The best way to cook rice is to"),
-    *("They built a small house near the", "Every morning she drinks a cup of"),
 )
 
 
@@ -80,7 +93,7 @@ class Steered:
         return clamp(self.model, self.tap, own, {self.latent: multiple * self.largest}, longest=self.longest)
 
     def pointing(self, direction: Float[Tensor, " dim"]) -> sae.SparseAutoencoder:
-        """Return the dictionary with another direction for the latent: clamped, it moves x as far, but elsewhere."""
+        """The dictionary with another direction for the latent: clamped, it moves x as far, but elsewhere."""
         changed = deepcopy(self.dictionary)
         with torch.no_grad():
             row = changed.decoder[self.latent]
@@ -88,12 +101,12 @@ class Steered:
         return changed
 
 
-def _contexts(lab: Lab, model: DecoderModel) -> tuple[Int[Tensor, "n time"], Int[Tensor, "n time"], str]:
-    """Return contexts of text as it is, and of other text of the same kind in capitals."""
+def _contexts(lab: Lab, model: DecoderModel, seed: int) -> tuple[Int[Tensor, "n time"], Int[Tensor, "n time"], str]:
+    """Contexts of text as it is, and of other text of the same kind in capitals."""
     tokenizer: Any = model.tokenizer
-    text = scored_text(tokenizer, lab.pick(smoke=16, small=176) * CONTEXT)
+    text = scored_text(tokenizer, lab.pick(smoke=16, small=144) * CONTEXT)
     contexts = text.tokens.view(-1, CONTEXT)
-    contexts = contexts[torch.randperm(len(contexts), generator=torch.Generator().manual_seed(lab.seed))]
+    contexts = contexts[torch.randperm(len(contexts), generator=lab.generator(seed))]
     plain, others = contexts.chunk(2)
     loud = [tokenizer.encode(tokenizer.decode(row.tolist()).upper(), bos=False)[:CONTEXT] for row in others]
     return plain, torch.tensor([row for row in loud if len(row) == CONTEXT]), text.words
@@ -109,20 +122,21 @@ def _letters(model: DecoderModel) -> tuple[Bool[Tensor, " vocab"], Bool[Tensor, 
 
 
 def _f1(on: Bool[Tensor, "rows latents"], other: Bool[Tensor, "rows latents"]) -> Float[Tensor, " latents"]:
-    """Return 2 TP / (2 TP + FP + FN) of "the latent is on" for the first rows against the others."""
+    """2 TP / (2 TP + FP + FN) of "the latent is on" for the first rows against the others."""
     hits, wrong = on.double().sum(dim=0), other.double().sum(dim=0)
     return 2 * hits / (hits + wrong + len(on))
 
 
-def _steered(lab: Lab) -> Steered:
+@cache
+def _steered(lab: Lab, seed: int) -> Steered:
     """Train a TopK dictionary on text of both kinds, and choose a latent by labels."""
     model = smollm2(lab).eval()
     tap = lab.pick(smoke="blocks.0", small=activations.TAP)
-    plain, loud, words = _contexts(lab, model)
+    plain, loud, words = _contexts(lab, model, seed)
     small, capitals = (mask.to(lab.device) for mask in _letters(model))
     kept = max(2, len(loud) // 6)  # contexts of each kind to label: half to choose by, half to measure with
     shown = torch.cat([plain[kept:], loud[kept:]])
-    shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(lab.seed))].to(lab.device)
+    shown = shown[torch.randperm(len(shown), generator=lab.generator(seed))].to(lab.device)
     longest = TIMES_MEDIAN * sae.Activations(model, tap, list(shown[:16].split(8))).median_length(1024)
     parts = []
     source = sae.Activations(model, tap, list(shown.split(8)), longest=longest)
@@ -134,7 +148,7 @@ def _steered(lab: Lab) -> Steered:
     spec = sae.TopK(latents=lab.pick(smoke=128, small=LATENTS), k=32, aux=0.0)
     with lab.threads(1):
         dictionary = activations.fitted(
-            lab, where, spec, steps=lab.pick(smoke=4, small=300), lr=1e-3, clip=1.0, seed=lab.seed
+            lab, where, spec, steps=lab.pick(smoke=4, small=300), lr=1e-3, clip=1.0, seed=seed
         )
     dictionary.rescale(1 / factor)
 
@@ -155,7 +169,7 @@ def _steered(lab: Lab) -> Steered:
 
 @torch.inference_mode()
 def _chance(lab: Lab, model: DecoderModel, capitals: Tensor) -> float:
-    """Return the model's chance that the next token is in capitals, mean of the prompts."""
+    """The model's chance that the next token is in capitals, mean of the prompts."""
     tokenizer: Any = model.tokenizer
     prompts = lab.pick(smoke=PROMPTS[:2], small=PROMPTS)
     tokens, segments = left_pad([tokenizer.encode(prompt) for prompt in prompts], model.device)
@@ -171,107 +185,88 @@ def _chance(lab: Lab, model: DecoderModel, capitals: Tensor) -> float:
 )
 def writes_what_the_feature_reads(lab: Lab) -> Verdict:
     """Choose the latent by labelled text, clamp it at rising levels, and weigh capitals among the next tokens."""
-    steered = _steered(lab)
-    model = steered.model
-    _, capitals = _letters(model)
-    capitals = capitals.to(lab.device)
-    plain = _chance(lab, model, capitals)
-    ours = {}
-    for multiple in lab.track(MULTIPLES, "the latent for capitals"):
-        with steered.clamped(multiple):
-            ours[multiple] = _chance(lab, model, capitals)
-    draws = torch.Generator().manual_seed(lab.seed)
+    seen: list[tuple[int, Steered]] = []
+
+    def arm(kind: str) -> Callable[[int], dict[str, float | list[float]]]:
+        def run(seed: int) -> dict[str, float | list[float]]:
+            steered = _steered(lab, seed)
+            seen.append((seed, steered))
+            _, capitals = _letters(steered.model)
+            capitals = capitals.to(lab.device)
+            plain = _chance(lab, steered.model, capitals)
+            chances = []
+            for multiple in MULTIPLES:
+                found = []
+                for dictionary in _dictionaries(lab, steered, kind, seed):
+                    with steered.clamped(multiple, dictionary):
+                        found.append(_chance(lab, steered.model, capitals))
+                chances.append(fmean(found))
+            at = dict(zip(MULTIPLES, chances, strict=True))
+            rising = [at[multiple] for multiple in MULTIPLES if multiple >= 0]
+            return {
+                "chance of capitals at 5 times, percent": 100 * at[5],
+                "times the unchanged at 5": at[5] / plain,
+                "times the unchanged at 2": at[2] / plain,
+                "times the unchanged at -1": at[-1] / plain,
+                "steps that rise, of three from 0 to 5": sum(low < high for low, high in pairwise(rising)),
+                "F1 of the latent on other text": steered.f1,
+                "multiple": list(map(float, MULTIPLES)),
+                "chance of capitals": chances,
+            }
+
+        return run
+
+    ours, blind, others = "the latent for capitals", "random directions", "other latents"
+    verdict = lab.compare(
+        arms={ours: arm(ours), blind: arm(blind), others: arm(others)},
+        main=Beats(ours, blind, on="chance of capitals at 5 times, percent", by=20),
+        also=[
+            Beats(ours, others, on="chance of capitals at 5 times, percent", by=20),
+            AtLeast(ours, 3, on="times the unchanged at 5"),
+            AtLeast(ours, 3, on="times the unchanged at 2"),
+            AtMost(ours, 1, on="times the unchanged at -1"),
+            AtLeast(ours, 3, on="steps that rise, of three from 0 to 5"),
+            AtMost(blind, 1.3, on="times the unchanged at 5"),
+        ],
+        seeds=2,
+        note=f"Text, half of it in capitals; TopK with {LATENTS} latents, 32 on, after block 15 of 30, 300 steps of "
+        "256. A latent is chosen by the F1 of being on for tokens in capitals against tokens with small letters, and "
+        f"clamped at every position but attention sinks, over {len(PROMPTS)} prompts; controls are the mean of "
+        f"{DRAWS}. A push of five times the largest activation is longer than a typical activation and changes what is "
+        "written in any direction, so that random directions exceed the bar of 1.3 times, set for the first design.",
+    )
+    lab.curves("chance of capitals", x="multiple", log="y", name="capitals", title="Chance of a word in capitals next")
+    _show(lab, *seen[0])
+    return verdict
+
+
+def _dictionaries(lab: Lab, steered: Steered, kind: str, seed: int) -> list[sae.SparseAutoencoder]:
+    """The dictionary itself, or ones whose latent points elsewhere: at random, or where other latents do."""
+    draws, count = lab.generator(seed), lab.pick(smoke=1, small=DRAWS)
     rows = steered.dictionary.decoder.detach()
-    blind = torch.randn(lab.pick(smoke=2, small=DRAWS), rows.shape[1], generator=draws).to(rows)
-    among = steered.live[steered.live != steered.latent].cpu()
-    others = rows[among[torch.randperm(len(among), generator=draws)[: len(blind)]].to(rows.device)]
-    kinds = ((blind, "random directions"), (others, "other latents"))
-    random, latents = (
-        {
-            multiple: [_elsewhere(lab, steered, multiple, direction, capitals) for direction in directions]
-            for multiple in lab.track(CONTROLLED, name)
-        }
-        for directions, name in kinds
-    )
-    _draw(lab, ours, plain, random, latents)
-    _show(lab, steered, blind[0])
-    by_chance = {multiple: sum(values) / len(values) for multiple, values in random.items()}
-    rising = [ours[multiple] for multiple in MULTIPLES if multiple >= 0]
-    return lab.judge(
-        checks={
-            "at 5 times the largest, more than 3 times the chance of capitals": ours[5] > 3 * plain,
-            "random directions as far: below 1.3 times, in the mean": by_chance[5] < 1.3 * plain,
-            "and at twice the largest: more than 3 times, random directions below 1.3 times": ours[2] > 3 * plain
-            and by_chance[2] < 1.3 * plain,
-            "at both, more than 3 times any of the random directions": all(
-                ours[multiple] > 3 * max(random[multiple]) for multiple in CONTROLLED
-            ),
-            "at -1 the chance does not rise": ours[-1] <= plain,
-            "it rises with every step from 0 to 5": all(low < high for low, high in pairwise(rising)),
-            "other latents as far: below 1.3 times, in the median": median(latents[5]) < 1.3 * plain,
-        },
-        measured={
-            "chance of a token in capitals, unchanged": plain,
-            "multiples": list(MULTIPLES),
-            "chance at each": list(ours.values()),
-            "times the unchanged at 2 and 5": [ours[multiple] / plain for multiple in CONTROLLED],
-            "latent": steered.latent,
-            "its F1 for capitals on text not chosen by": steered.f1,
-            "its largest activation": steered.largest,
-            "the median length of an activation": steered.longest / TIMES_MEDIAN,
-        },
-        control={
-            f"{name}, at {multiple}: times the unchanged": [value / plain for value in values[multiple]]
-            for values, name in ((random, "random directions"), (latents, "other latents"))
-            for multiple in CONTROLLED
-        },
-        note=f"{steered.words}, half of it put in capitals; TopK with {LATENTS} latents, 32 on, after block 15 of 30, "
-        "300 steps of 256. A latent is chosen by the F1 of being on for tokens in capitals against tokens with small "
-        f"letters, and clamped at every position but attention sinks, over {len(PROMPTS)} prompts. "
-        "The bar of 1.3 times for controls was set beforehand. Pushes as long as these, half of a typical activation's "
-        "length at twice and more than all of it at five times, change what is written in any direction (the table has "
-        "one): so controls exceed the bar, though they stay far below the latent. Those at twice, and the "
-        "comparison with the most of the random directions, were added after a first run. At five times the latent "
-        "writes pieces of words in capitals and no sentence.",
-    )
+    if kind == "random directions":
+        return [steered.pointing(row) for row in torch.randn(count, rows.shape[1], generator=draws).to(rows)]
+    if kind == "other latents":
+        among = steered.live[steered.live != steered.latent].cpu()
+        chosen = among[torch.randperm(len(among), generator=draws)[:count]]
+        return [steered.pointing(row) for row in rows[chosen.to(rows.device)]]
+    return [steered.dictionary]
 
 
-def _elsewhere(lab: Lab, steered: Steered, multiple: int, direction: Tensor, capitals: Tensor) -> float:
-    with steered.clamped(multiple, steered.pointing(direction)):
-        return _chance(lab, steered.model, capitals)
-
-
-def _draw(
-    lab: Lab, ours: dict[int, float], plain: float, random: dict[int, list[float]], latents: dict[int, list[float]]
-) -> None:
-    with lab.figure("capitals", figsize=(7.2, 3.6)) as figure:
-        axes = figure.subplots()
-        axes.axhline(plain, color=FAINT, linewidth=1.0, linestyle=":", label="unchanged")
-        axes.plot(list(ours), list(ours.values()), color=COLORS[0], marker="o", label="the latent for capitals")
-        for found, aside, marker, name in (
-            (random, -0.08, "s", "random directions (control)"),
-            (latents, 0.08, "^", "other latents (control)"),
-        ):
-            points = [(multiple + aside, value) for multiple, values in found.items() for value in values]
-            axes.plot(*zip(*points, strict=True), marker, color=CONTROL, ms=4, alpha=0.8, label=name)
-        axes.set_yscale("log")
-        axes.set_xticks(list(ours))
-        axes.set_xlabel("held at so many times its largest activation")
-        axes.set_title("Chance that the next token is a word in capitals")
-        axes.legend(loc="upper left", fontsize=9)
-
-
-def _show(lab: Lab, steered: Steered, blind: Tensor) -> None:
+def _show(lab: Lab, seed: int, steered: Steered) -> None:
     """Put what the model writes into the report."""
-    tokens = lab.pick(smoke=2, small=20)
-    prompts = list(lab.pick(smoke=PROMPTS[:1], small=PROMPTS[:4]))
+    lab.text("Text that the dictionary is trained on", steered.words)
+    tokens = lab.pick(smoke=2, small=16)
+    prompts = list(lab.pick(smoke=PROMPTS[:1], small=PROMPTS[:3]))
     written = {"unchanged": api.generate(steered.model, prompts, max_new_tokens=tokens, temperature=0.0)}
-    elsewhere = steered.pointing(blind)
-    for name, own, multiples in (("at", None, (1, 2, 5)), ("a random direction at", elsewhere, CONTROLLED)):
-        for multiple in multiples:
-            with steered.clamped(multiple, own):
-                texts = api.generate(steered.model, prompts, max_new_tokens=tokens, temperature=0.0)
-            written[f"{name} {multiple} times"] = texts
+    (elsewhere, *_) = _dictionaries(lab, steered, "random directions", seed)
+    for name, dictionary, multiple in (
+        ("at 2 times", None, 2),
+        ("at 5 times", None, 5),
+        ("a random direction at 5 times", elsewhere, 5),
+    ):
+        with steered.clamped(multiple, dictionary):
+            written[name] = api.generate(steered.model, prompts, max_new_tokens=tokens, temperature=0.0)
     lab.table("What SmolLM2 writes, greedily", ["prompt", *written], zip(prompts, *written.values(), strict=True))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from paperworks.interpret import sae
 from paperworks.interpret.sae.kinds.gated import GatedAutoencoder
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT
-from paperworks.testbeds.planted_features import COLUMNS, SETTING, Trained, trained
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
+from paperworks.testbeds.planted_features import SETTING, trained
 
 paper = Paper(
     key="gated-sae",
@@ -22,91 +23,74 @@ paper = Paper(
         "only the gate, removes the shrinkage: the same fidelity with about half as many latents."
     ),
     implements=("paperworks.interpret.sae.kinds.gated.Gated",),
+    equation=r"f = 1[\pi > 0] \odot \operatorname{ReLU}(e^{r} \odot W_g x_c + b_m), \quad \pi = W_g x_c + b_g, \quad "
+    r"\mathcal{L} = \lVert x - \hat x(f) \rVert^2 + \lambda \lVert \pi_+ \rVert_1 "
+    r"+ \lVert x - \hat x_{\mathrm{frozen}}(\pi_+) \rVert^2",
+    usage="""
+from paperworks import train
+from paperworks.interpret import sae
+
+data = sae.Planted(mean_square=64.0)  # activations whose directions are known; 64 dimensions
+model = sae.Gated(latents=256, penalty=4.0).build(64)
+training = sae.Training(model, steps=300)
+adam = train.AdamW(betas=(0.0, 0.999), weight_decay=0.0)
+settings = train.Settings(steps=300, lr=2e-3, optimizer=adam, progress=False, save_every=None)
+train.fit(model, training.loss, lambda epoch: data.batches(512, 300, seed=0), settings, on_step=training.after_step)
+print("size of reconstructions:", sae.measure(model, data.batches(2048, 4, seed=1)).bias)
+""",
+    notes=(
+        "Planted directions, where error and L0 are measured; the paper's loss recovered needs a model. A decoder that "
+        "learns from the auxiliary term does not show in such numbers, so the exact claim holds its gradient to 0."
+    ),
 )
-
-GATED = (4.0, 5.0, 6.0)
-L1 = (3.0, 4.0, 5.0)
-STEPS = 4000  # L1 needs them: after 2,000 it is either at twice the L0 or collapsed
-MIDDLE = 5.0  # the L0 at which both are compared: as many directions as are on
-
-
-def _nearest(runs: list[Trained]) -> Trained:
-    return min(runs, key=lambda run: abs(run.quality.l0 - MIDDLE))
 
 
 @paper.claim(
     "Gating removes shrinkage and reconstructs better with fewer latents",
     paper="Figure 1 and 'Gated SAEs resolve shrinkage': relative reconstruction bias of 1 where baseline "
     "autoencoders are below, at a better trade of loss recovered for L0",
-    control="the L1 autoencoder of the same code at the same sparsity",
+    control="the L1 autoencoder of the same code, without a gate, at two penalties",
 )
 def no_shrinkage(lab: Lab) -> Verdict:
-    """Train both at rising penalties; compare error and bias over L0."""
-    gated = [
-        trained(
-            lab, sae.Gated(latents=256, penalty=penalty).build, f"gated, penalty {penalty:g}", steps=STEPS, beta1=0.0
-        )
-        for penalty in GATED
-    ]
-    plain = [
-        trained(
-            lab, sae.Standard(latents=256, penalty=penalty, warmup=0.1).build, f"L1, penalty {penalty:g}", steps=STEPS
-        )
-        for penalty in L1
-    ]
-    _draw(lab, gated, plain)
-    lab.table(
-        "What was trained",
-        ["autoencoder", *COLUMNS],
-        [
-            *([f"gated, penalty {penalty:g}", *run.row] for penalty, run in zip(GATED, gated, strict=True)),
-            *([f"L1, penalty {penalty:g}", *run.row] for penalty, run in zip(L1, plain, strict=True)),
+    """Train with the gate, and without it at penalties that leave more latents on; compare error and bias."""
+
+    def arm(name: str, spec: sae.SparseAutoencoderSpec, beta1: float) -> Callable[[int], dict[str, float]]:
+        def run(seed: int) -> dict[str, float]:
+            done = trained(lab, spec.build, name, steps=1500, beta1=beta1, seed=seed)
+            return {
+                "FVU": done.quality.fvu,
+                "gamma": done.quality.bias,
+                "L0": done.quality.l0,
+                "mean best cosine": done.recovery.mmcs,
+                "dead": done.quality.dead,
+            }
+
+        return run
+
+    gated, plain, sparser = "gated, penalty 4", "L1, penalty 3", "L1, penalty 4"
+    verdict = lab.compare(
+        arms={
+            gated: arm(gated, sae.Gated(latents=256, penalty=4.0), 0.0),
+            plain: arm(plain, sae.Standard(latents=256, penalty=3.0, warmup=0.1), 0.9),
+            sparser: arm(sparser, sae.Standard(latents=256, penalty=4.0, warmup=0.1), 0.9),
+        },
+        # Both L1 autoencoders leave more latents on, so a lower error is a better trade and not another point of one.
+        main=Beats(gated, plain, on="FVU", by_ratio=0.2, lower=True),
+        also=[
+            Beats(gated, plain, on="L0", lower=True),
+            Beats(gated, sparser, on="FVU", by_ratio=0.4, lower=True),
+            Beats(gated, sparser, on="L0", lower=True),
+            Beats(gated, plain, on="gamma", by=0.3),
+            AtLeast(gated, 0.97, on="gamma"),
+            AtMost(gated, 1.03, on="gamma"),
         ],
-    )
-    ours, theirs = _nearest(gated), _nearest(plain)
-    return lab.judge(
-        checks={
-            "gated: gamma within 3% of 1 at L0 near 5": abs(ours.quality.bias - 1) < 0.03,
-            "both have an L0 within 1 of 5": max(abs(run.quality.l0 - MIDDLE) for run in (ours, theirs)) < 1,
-            "gated: FVU below 0.35 there": ours.quality.fvu < 0.35,
-            "L1: gamma below 0.6 there": theirs.quality.bias < 0.6,
-            "L1: FVU above 0.5 there": theirs.quality.fvu > 0.5,
-        },
-        measured={
-            "penalties": list(GATED),
-            "L0": [run.quality.l0 for run in gated],
-            "FVU": [run.quality.fvu for run in gated],
-            "gamma": [run.quality.bias for run in gated],
-            "mean best cosine": [run.recovery.mmcs for run in gated],
-            "dead": [run.quality.dead for run in gated],
-        },
-        control={
-            "penalties": list(L1),
-            "L0": [run.quality.l0 for run in plain],
-            "FVU": [run.quality.fvu for run in plain],
-            "gamma": [run.quality.bias for run in plain],
-            "mean best cosine": [run.recovery.mmcs for run in plain],
-        },
-        note=SETTING + " Mean ||x||^2 of 64; 4,000 steps; Adam's beta1 is 0 for the gated ones. Gamma is the factor by "
+        seeds=3,
+        note=SETTING + " Mean ||x||^2 of 64; 1,500 steps; Adam's beta1 is 0 for the gated ones. Gamma is the factor by "
         "which reconstructions are too small: E||x'||^2 / E[x'.x].",
     )
-
-
-def _draw(lab: Lab, gated: list[Trained], plain: list[Trained]) -> None:
-    with lab.figure("shrinkage", figsize=(8.4, 3.4)) as figure:
-        error, bias = figure.subplots(1, 2)
-        for runs, color, label in ((plain, CONTROL, "L1"), (gated, COLORS[0], "gated")):
-            points = sorted(runs, key=lambda run: run.quality.l0)
-            l0 = [run.quality.l0 for run in points]
-            error.plot(l0, [run.quality.fvu for run in points], color=color, marker="o", label=label)
-            bias.plot(l0, [run.quality.bias for run in points], color=color, marker="o", label=label)
-        bias.axhline(1.0, color=FAINT, linewidth=0.9, linestyle=":")
-        error.set_title("Variance unexplained")
-        bias.set_title("Size of reconstructions, \u03b3")
-        for axes in (error, bias):
-            axes.set_xlabel("latents on (L0)")
-            axes.set_ylim(bottom=0)
-            axes.legend()
+    lab.points("FVU", name="error", title="Variance unexplained")
+    lab.points("gamma", name="shrinkage", title="Size of reconstructions, gamma")
+    return verdict
 
 
 @paper.claim(

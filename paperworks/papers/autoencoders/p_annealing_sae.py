@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
 
 import torch
 
 from paperworks.interpret import sae
 from paperworks.interpret.sae.kinds.annealing import AnnealedPenalty, power_sum
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT
-from paperworks.testbeds.planted_features import BATCH, COLUMNS, SETTING, Trained, trained
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
+from paperworks.testbeds.planted_features import BATCH, SETTING, trained
 
 paper = Paper(
     key="p-annealing-sae",
@@ -27,130 +26,92 @@ paper = Paper(
         "paperworks.interpret.sae.kinds.annealing.Annealing",
         "paperworks.interpret.sae.kinds.annealing.AnnealedPenalty",
     ),
+    equation=r"\mathcal{L} = \lVert x - \hat x \rVert^2 + \lambda_s \sum_i f_i^{\,p_s}, \qquad "
+    r"\lambda_{s+1} = \lambda_s \frac{\sum_{\mathrm{queue}} \sum_i f_i^{\,p_s}}"
+    r"{\sum_{\mathrm{queue}} \sum_i f_i^{\,p_{s+1}}}, \qquad p: 1 \to 0.2",
+    usage="""
+from paperworks import train
+from paperworks.interpret import sae
+
+data = sae.Planted(mean_square=64.0)  # activations whose directions are known; 64 dimensions
+model = sae.Standard(latents=256, penalty=2.5, annealing=sae.Annealing()).build(64)
+training = sae.Training(model, steps=300)  # p falls over the second half of these
+settings = train.Settings(steps=300, lr=2e-3, progress=False, save_every=None)
+train.fit(model, training.loss, lambda epoch: data.batches(512, 300, seed=0), settings, on_step=training.after_step)
+print("latents on:", sae.measure(model, data.batches(2048, 4, seed=1)).l0)
+""",
+    notes=(
+        "Planted directions; board games are in board-game-sae-metrics. The rescaling keeps the penalty, not L0, which "
+        "falls while p does. Without the rescaling these numbers hardly differ, so the exact claim holds it."
+    ),
 )
 
-PENALTIES = (2.0, 2.5, 3.0)
-PLAIN = (3.0, 4.0, 5.0)
-COMPARED_AT = 8.0  # L0
+STEPS = 1500
 
 
 def _spec(penalty: float, *, annealed: bool) -> sae.Standard:
     return sae.Standard(latents=256, penalty=penalty, warmup=0.1, annealing=sae.Annealing() if annealed else None)
 
 
-def _at(l0: float, runs: list[Trained], what: str) -> float:
-    """Return a measure at an L0: linear between the two runs around it, that of the last run beyond the ends."""
-    points = sorted((run.quality.l0, getattr(run.quality, what)) for run in runs)
-    for (low, first), (high, second) in pairwise(points):
-        if low <= l0 <= high:
-            return float(first + (second - first) * (l0 - low) / (high - low))
-    return float(points[0][1] if l0 < points[0][0] else points[-1][1])
-
-
 @paper.claim(
-    "Lowering p during training gives less error and less shrinkage than L1 with as many latents",
+    "Lowering p during training gives less error and less shrinkage than L1 with more latents on",
     paper="'p-Annealing' and Figure 3: standard autoencoders trained with p-annealing reach the trade of fidelity and "
     "sparsity of gated ones",
-    control="p = 1 throughout, at the same L0 and for twice the steps as well",
+    control="p = 1 throughout, at a higher penalty, and for twice the steps as well",
 )
 def better_than_l1(lab: Lab) -> Verdict:
-    """Train with and without annealing at several penalties; compare error and shrinkage at equal L0."""
-    path: list[tuple[int, float, float]] = []
-    every = lab.pick(smoke=2, small=25)
-    probe: list[torch.Tensor] = []
+    """Train with and without annealing; the controls keep more latents on, so that less error is a better trade."""
 
-    def watch(step: int, model: sae.SparseAutoencoder) -> None:
-        annealed = getattr(model, "annealed", None)
-        assert isinstance(annealed, AnnealedPenalty)
-        if step % every == 0:
-            if not probe:
-                probe.append(sae.Planted(mean_square=64.0, seed=lab.seed).draw(2048, torch.Generator().manual_seed(8)))
-            with torch.no_grad():
-                on = float((model.encode(probe[0]) > 0).sum(dim=1).double().mean())
-            path.append((step, annealed.power, on))
+    def arm(
+        name: str, penalty: float, *, annealed: bool = False, times: int = 1
+    ) -> Callable[[int], dict[str, float | list[float]]]:
+        def run(seed: int) -> dict[str, float | list[float]]:
+            looks: list[float] = []
+            on: list[float] = []
+            probe = sae.Planted(mean_square=64.0, seed=seed).draw(2048, lab.generator(seed + 8))
+            every = lab.pick(smoke=2, small=50) * times
 
-    annealed = [
-        trained(
-            lab,
-            _spec(penalty, annealed=True).build,
-            f"p falls, penalty {penalty:g}",
-            watch=watch if penalty == 3.0 else None,
-        )
-        for penalty in PENALTIES
-    ]
-    plain = [trained(lab, _spec(penalty, annealed=False).build, f"p = 1, penalty {penalty:g}") for penalty in PLAIN]
-    longer = [
-        trained(lab, _spec(penalty, annealed=False).build, f"p = 1, penalty {penalty:g}, twice as long", steps=4000)
-        for penalty in (3.0, 4.0)
-    ]
-    ours = min(annealed, key=lambda run: abs(run.quality.l0 - COMPARED_AT))
-    l0 = ours.quality.l0
-    control_fvu, control_bias = _at(l0, plain, "fvu"), _at(l0, plain, "bias")
-    longer_fvu = _at(l0, longer, "fvu")
-    _draw(lab, annealed, plain, path)
-    lab.table(
-        "What was trained",
-        ["autoencoder", *COLUMNS],
-        [
-            *([f"p from 1 to 0.2, penalty {p:g}", *run.row] for p, run in zip(PENALTIES, annealed, strict=True)),
-            *([f"p = 1, penalty {p:g}", *run.row] for p, run in zip(PLAIN, plain, strict=True)),
-            *([f"p = 1, penalty {p:g}, 4,000 steps", *run.row] for p, run in zip((3, 4), longer, strict=True)),
+            def watch(step: int, model: sae.SparseAutoencoder) -> None:
+                if step % every == 0:
+                    with torch.no_grad():
+                        on.append(float((model.encode(probe) > 0).sum(dim=1).double().mean()))
+                    looks.append(step / times)
+
+            build = _spec(penalty, annealed=annealed).build
+            done = trained(lab, build, name, steps=times * STEPS, watch=watch, seed=seed)
+            return {
+                "FVU": done.quality.fvu,
+                "gamma": done.quality.bias,
+                "L0": done.quality.l0,
+                "mean best cosine": done.recovery.mmcs,
+                "dead": done.quality.dead,
+                "step": looks,
+                "latents on": on,
+            }
+
+        return run
+
+    ours, plain, longer = "p from 1 to 0.2, penalty 2.5", "p = 1, penalty 4", "p = 1, penalty 3, twice the steps"
+    verdict = lab.compare(
+        arms={
+            ours: arm(ours, 2.5, annealed=True),
+            plain: arm(plain, 4.0),
+            longer: arm(longer, 3.0, times=2),
+        },
+        main=Beats(ours, plain, on="FVU", by_ratio=0.3, lower=True),
+        also=[
+            Beats(ours, plain, on="L0", lower=True),
+            Beats(ours, longer, on="FVU", lower=True),
+            Beats(ours, longer, on="L0", lower=True),
+            Beats(ours, longer, on="gamma", by=0.15),
+            AtLeast(ours, 0.8, on="gamma"),
         ],
+        seeds=3,
+        note=SETTING + f" Mean ||x||^2 of 64; {STEPS:,} steps, p falls from 1 to 0.2 in 10 updates over the second "
+        "half. The curve of the run of twice the steps is drawn over the same width.",
     )
-    return lab.judge(
-        checks={
-            "FVU at least 10% below p = 1 at the same L0": ours.quality.fvu < 0.9 * control_fvu,
-            "an L0 within 1 of 8": abs(l0 - COMPARED_AT) < 1,
-            "and below p = 1 trained twice as long": ours.quality.fvu < longer_fvu,
-            "gamma above 0.8": ours.quality.bias > 0.8,
-            "p = 1: gamma below 0.6 at the same L0": control_bias < 0.6,
-        },
-        measured={
-            "L0": l0,
-            "FVU": ours.quality.fvu,
-            "gamma": ours.quality.bias,
-            "dead": ours.quality.dead,
-            "mean best cosine": ours.recovery.mmcs,
-            "L0 at penalties 2, 2.5, 3": [run.quality.l0 for run in annealed],
-            "FVU at penalties 2, 2.5, 3": [run.quality.fvu for run in annealed],
-            "gamma at penalties 2, 2.5, 3": [run.quality.bias for run in annealed],
-        },
-        control={
-            "FVU at this L0": control_fvu,
-            "gamma at this L0": control_bias,
-            "FVU at this L0 after 4,000 steps": longer_fvu,
-            "L0 at penalties 3, 4, 5": [run.quality.l0 for run in plain],
-            "FVU at penalties 3, 4, 5": [run.quality.fvu for run in plain],
-            "gamma at penalties 3, 4, 5": [run.quality.bias for run in plain],
-        },
-        note=SETTING
-        + " Mean ||x||^2 of 64; 2,000 steps, p falls from 1 to 0.2 in 10 updates over the second half. The "
-        "control's numbers at an L0 are interpolated between penalties.",
-    )
-
-
-def _draw(lab: Lab, annealed: list[Trained], plain: list[Trained], path: list[tuple[int, float, float]]) -> None:
-    with lab.figure("annealing", figsize=(8.6, 3.4)) as figure:
-        error, course = figure.subplots(1, 2)
-        for runs, color, label in ((plain, CONTROL, "p = 1"), (annealed, COLORS[0], "p from 1 to 0.2")):
-            points = sorted((run.quality.l0, run.quality.fvu) for run in runs)
-            error.plot(*zip(*points, strict=True), color=color, marker="o", label=label)
-        error.set_title("Variance unexplained")
-        error.set_xlabel("latents on (L0)")
-        error.set_ylim(bottom=0)
-        error.legend()
-        steps, powers, on = zip(*path, strict=True)
-        course.plot(steps, on, color=COLORS[0], label="latents on (L0)")
-        course.set_yscale("log")
-        course.set_title("L0 while p falls (penalty 3)")
-        course.set_xlabel("step")
-        course.legend(loc="upper right")
-        second = course.twinx()
-        second.plot(steps, powers, color=COLORS[1], linewidth=1.4, label="p (right)")
-        second.set_ylim(0, 1.05)
-        second.grid(False)
-        second.tick_params(colors=FAINT)
-        second.legend(loc="lower left")
+    lab.curves("latents on", x="step", log="y", name="annealing", title="Latents on while p falls")
+    return verdict
 
 
 @paper.claim(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from paperworks.interpret import sae
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
-from paperworks.testbeds.planted_features import Trained, trained
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
+from paperworks.testbeds.planted_features import trained
 
 paper = Paper(
     key="sae-stitching",
@@ -28,28 +31,73 @@ paper = Paper(
         "paperworks.interpret.sae.evaluation.stitching.nearest_cosines",
         "paperworks.interpret.sae.evaluation.stitching.interpolate",
     ),
+    equation=r"c_i = \max_j \cos(W^B_{\mathrm{dec},i}, W^S_{\mathrm{dec},j}), \qquad "
+    r"i \text{ is novel where } c_i < 0.7",
+    usage="""
+import torch
+from paperworks.interpret import sae
+
+small, large = sae.Gated(latents=24, penalty=1.0).build(64), sae.Gated(latents=40, penalty=1.0).build(64)
+x = sae.Planted(mean_square=64.0).draw(512, torch.Generator().manual_seed(0))
+novel = sae.nearest_cosines(large, small) < 0.7  # of the large one's 40 latents
+stitched = sae.stitch(small, large, novel)       # the small one and what it has not
+print(stitched.latents, "latents; each alone changes the error by", sae.insertion_effects(small, large, x)[:3])
+for step in sae.interpolate(small, large, 0.7, x, stride=16):
+    print(step.latents, "latents on the way to the large one")
+""",
+    notes=(
+        "Gated autoencoders, which do not shrink: where features are too small, putting one in twice lowers the error "
+        "and the test turns round. Planted directions, frequent and rare, instead of GPT-2's activations."
+    ),
 )
 
 NOVEL_BELOW = 0.7  # the authors' threshold of the cosine
 SMALL, LARGE = 96, 256
-STRIDE = 8  # changes between two points of the way
 FREQUENT, RARE = 4 / 128, 1 / 128  # the chance of being on
 
 
-def _data(lab: Lab) -> sae.Planted:
+def _data(seed: int) -> sae.Planted:
     """128 directions that are on often and 128 that are on seldom."""
     rate = torch.tensor([FREQUENT] * 128 + [RARE] * 128)
-    return sae.Planted(256, 64, rate, mean_square=64.0, seed=lab.seed)
+    return sae.Planted(256, 64, rate, mean_square=64.0, seed=seed)
 
 
-def _pair(lab: Lab, penalty: float = 4.0) -> tuple[Trained, Trained]:
-    """Train the small and the large one; both gated, which reconstruct at full size."""
-    data = _data(lab)
+@dataclass(frozen=True)
+class Pair:
+    """A small and a large autoencoder, what the living latents of the large one are, and fresh activations."""
+
+    small: sae.SparseAutoencoder
+    large: sae.SparseAutoencoder
+    novel: Float[Tensor, " novel"]  # latents of the large one
+    known: Float[Tensor, " known"]
+    fresh: Float[Tensor, "inputs 64"]
+    directions: Float[Tensor, "256 64"]
+
+    def fvu(self, model: sae.SparseAutoencoder) -> float:
+        """Variance that a model leaves unexplained."""
+        return sae.measure(model, self.fresh.split(2048)).fvu
+
+
+@cache
+def _pair(lab: Lab, seed: int) -> Pair:
+    """Train both on the same activations; gated, which reconstruct at full size."""
+    data = _data(seed)
     small, large = (
-        trained(lab, sae.Gated(latents=latents, penalty=penalty).build, f"{latents} latents", data=data, beta1=0.0)
-        for latents in (SMALL, LARGE)
+        trained(
+            lab,
+            sae.Gated(latents=count, penalty=4.0).build,
+            f"{count} latents",
+            steps=1500,
+            data=data,
+            beta1=0.0,
+            seed=seed,
+        )
+        for count in (SMALL, LARGE)
     )
-    return small, large
+    alive, cosines = large.quality.density > 0, sae.nearest_cosines(large.model, small.model)
+    novel, known = ((chosen & alive).nonzero().flatten() for chosen in (cosines < NOVEL_BELOW, cosines >= NOVEL_BELOW))
+    fresh = data.draw(lab.pick(smoke=512, small=20_000), lab.generator(seed + 3))
+    return Pair(small.model, large.model, novel, known, fresh, data.directions)
 
 
 @paper.claim(
@@ -59,87 +107,44 @@ def _pair(lab: Lab, penalty: float = 4.0) -> tuple[Trained, Trained]:
     control="as many reconstruction features instead of the novel ones",
 )
 def novel_features_help(lab: Lab) -> Verdict:
-    """Stitch both kinds of features into the small autoencoder, and compare labels with each feature's own effect."""
-    small, large = _pair(lab)
-    data = small.data
-    fresh = data.draw(lab.pick(smoke=512, small=20_000), torch.Generator().manual_seed(lab.seed + 3))
-    alive = large.quality.density > 0
-    cosines = sae.nearest_cosines(large.model, small.model)
-    effects = sae.insertion_effects(small.model, large.model, fresh)
-    novel = (cosines < NOVEL_BELOW) & alive
-    known = (cosines >= NOVEL_BELOW) & alive
-    order = cosines.where(known, torch.tensor(-1.0)).argsort(descending=True)
-    count = min(int(novel.sum()), int(known.sum()))
-    measure = partial(sae.measure, batches=list(fresh.split(2048)))
-    base = measure(small.model).fvu
-    with_novel = measure(sae.stitch(small.model, large.model, novel)).fvu
-    fewer = effects.where(novel, torch.tensor(torch.inf)).argsort()[:count]
-    same_number = measure(sae.stitch(small.model, large.model, fewer)).fvu
-    with_known = measure(sae.stitch(small.model, large.model, order[:count])).fvu
-    agreement = float(((effects < 0) == novel)[alive].double().mean())
-    rare = sae.best_cosines(large.model.decoder.detach()[novel], data.directions[128:]) if count else torch.zeros(1)
-    frequent = sae.best_cosines(large.model.decoder.detach()[novel], data.directions[:128]) if count else rare
-    way = _way(lab, small, large, fresh)
-    new = int((cosines <= NOVEL_BELOW).sum())  # dead ones included, as on the way
-    _draw(lab, cosines[alive], effects[alive], way, new)
-    return lab.judge(
-        checks={
-            "novel features lower FVU by more than 10%": with_novel < 0.9 * base,
-            "as many reconstruction features raise it": with_known > base,
-            "label and effect agree for more than 85% of the features": agreement > 0.85,
-            "the way through all of them ends at the large one": abs(way[-1][1] - measure(large.model).fvu) < 1e-5,
-        },
-        measured={
-            "FVU of the small one": base,
-            "FVU with the novel features": with_novel,
-            "novel features": int(novel.sum()),
-            "reconstruction features": int(known.sum()),
-            "label and effect agree": agreement,
-            "novel features that are rare directions": float((rare > frequent).double().mean()),
-            "FVU of the large one": measure(large.model).fvu,
-        },
-        control={
-            "FVU with as many reconstruction features": with_known,
-            "number put in": count,
-            "FVU with as many novel ones": same_number,
-        },
+    """Stitch both kinds of features into the small autoencoder, as many of each, and measure each one alone too."""
+
+    def arm(novel: bool) -> Callable[[int], dict[str, float]]:
+        def run(seed: int) -> dict[str, float]:
+            with lab.threads(1):
+                pair = _pair(lab, seed)
+                count, kind = min(len(pair.novel), len(pair.known)), pair.novel if novel else pair.known
+                put_in = kind[torch.randperm(len(kind), generator=lab.generator(seed))[:count]]
+                base, stitched = pair.fvu(pair.small), pair.fvu(sae.stitch(pair.small, pair.large, put_in))
+                alone = sae.insertion_effects(pair.small, pair.large, pair.fresh)[kind]
+            return {
+                "change of FVU, percent": 100 * (stitched / base - 1),
+                "lower the error alone, share": int((alone < 0).sum()) / max(len(kind), 1),
+                "features put in": count,
+                "share of the large one's living features": len(kind) / (len(pair.novel) + len(pair.known)),
+                "FVU of the small one": base,
+                "FVU of the large one": pair.fvu(pair.large),
+            }
+
+        return run
+
+    ours, control = "novel features", "as many reconstruction features"
+    verdict = lab.compare(
+        arms={ours: arm(True), control: arm(False)},
+        main=Beats(ours, control, on="change of FVU, percent", by=20, lower=True),
+        also=[
+            AtMost(ours, -8, on="change of FVU, percent"),
+            AtLeast(control, 5, on="change of FVU, percent"),
+            AtLeast(ours, 0.85, on="lower the error alone, share"),
+            AtMost(control, 0.15, on="lower the error alone, share"),
+        ],
+        seeds=3,
         note=f"256 directions in 64 dimensions, 128 on with a chance of {FREQUENT:.1%}, 128 of {RARE:.1%}; gated, "
-        f"penalty 4, {SMALL} and {LARGE} latents, 2,000 steps. Dead latents are left out.",
+        f"penalty 4, {SMALL} and {LARGE} latents, 1,500 steps. Dead latents are left out; which of a kind are put in "
+        "is drawn.",
     )
-
-
-def _way(lab: Lab, small: Trained, large: Trained, fresh: torch.Tensor) -> list[tuple[float, float, int]]:
-    """Return L0, FVU and size of the autoencoders between the small and the large one."""
-    sample = fresh[:4096]
-    path = sae.interpolate(small.model, large.model, NOVEL_BELOW, sample, stride=lab.pick(smoke=100, small=STRIDE))
-    found = []
-    for model in path:
-        quality = sae.measure(model, fresh.split(2048))
-        found.append((quality.l0, quality.fvu, model.latents))
-    return found
-
-
-def _draw(
-    lab: Lab, cosines: torch.Tensor, effects: torch.Tensor, way: list[tuple[float, float, int]], new: int
-) -> None:
-    with lab.figure("stitching", figsize=(8.8, 3.5)) as figure:
-        single, path = figure.subplots(1, 2)
-        novel = cosines < NOVEL_BELOW
-        for mask, color, label in ((novel, COLORS[0], "novel"), (~novel, CONTROL, "reconstruction")):
-            single.scatter(cosines[mask], effects[mask], color=color, s=14, alpha=0.8, linewidths=0, label=label)
-        single.axhline(0, color=INK, linewidth=0.8)
-        single.axvline(NOVEL_BELOW, color=INK, linewidth=0.8, linestyle=":")
-        single.set_xlabel("largest cosine with a small one's feature")
-        single.set_title("Change of the error, one feature put in")
-        single.legend(loc="upper left")
-        sizes = [size for _, _, size in way]
-        path.plot(range(len(way)), [fvu for _, fvu, _ in way], color=COLORS[0], marker="o", ms=3)
-        turn = min(new // STRIDE, len(way) - 1)
-        path.axvline(turn, color=INK, linewidth=0.8, linestyle=":")
-        path.set_ylim(bottom=0)
-        path.set_xticks([])
-        path.set_xlabel(f"from {sizes[0]} latents, over {sizes[turn]} (dotted), to {sizes[-1]}")
-        path.set_title("FVU on the way: add the novel, then swap")
+    lab.points("change of FVU, percent", name="stitching", title="Change of the small one's FVU, percent")
+    return verdict
 
 
 @paper.claim(
@@ -150,7 +155,7 @@ def _draw(
 def ends_are_exact(lab: Lab) -> Verdict:
     """Check both ends, single insertions against really inserting, and the two-thirds rule, in float64."""
     torch.manual_seed(lab.seed)
-    x = _data(lab).draw(512, torch.Generator().manual_seed(1)).double()
+    x = _data(lab.seed).draw(512, torch.Generator().manual_seed(1)).double()
     small, large = (sae.Gated(latents=latents, penalty=1.0).build(64).double().eval() for latents in (24, 40))
     with torch.no_grad():
         for model in (small, large):
@@ -159,6 +164,8 @@ def ends_are_exact(lab: Lab) -> Verdict:
         nothing = float((sae.stitch(small, large, torch.arange(0))(x) - small(x)).abs().max())
         whole = sae.stitch(small, large, torch.arange(40), torch.arange(24), bias=large.decoder_bias.detach())
         everything = float((whole(x) - large(x)).abs().max())
+        *_, last = sae.interpolate(small, large, NOVEL_BELOW, x)
+        arrived = float((last(x) - large(x)).abs().max())
         effects = sae.insertion_effects(small, large, x)
         apart = 0.0
         before = (x - small(x)).square().sum(dim=1).mean()
@@ -173,6 +180,7 @@ def ends_are_exact(lab: Lab) -> Verdict:
         checks={
             "stitching nothing changes nothing": nothing == 0.0,
             "swapping everything gives the large one, to 1e-12": everything < 1e-12,
+            "so does the way through all features": arrived < 1e-12,
             "effects are those of really inserting, to 1e-10": apart < 1e-10,
             "cosines do not depend on the order of features": cosines < 1e-12,
             "doubling hurts from two thirds of the true size on": [change > 0 for change in doubled.values()]
@@ -181,6 +189,7 @@ def ends_are_exact(lab: Lab) -> Verdict:
         measured={
             "difference at the start": nothing,
             "difference at the end": everything,
+            "difference at the end of the way": arrived,
             "largest error of an effect": apart,
             "effect of doubling at 0.5, 0.66, 0.67, 1": list(doubled.values()),
         },
@@ -188,7 +197,7 @@ def ends_are_exact(lab: Lab) -> Verdict:
 
 
 def _doubling(size: float) -> float:
-    """Return the effect of inserting an isolated feature again that is reconstructed at `size` of its true size."""
+    """The effect of inserting an isolated feature again that is reconstructed at `size` of its true size."""
     model = sae.Standard(latents=1, penalty=0.0).build(2).double()
     with torch.no_grad():
         model.decoder.copy_(torch.tensor([[1.0, 0.0]]))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +164,7 @@ def lower_error(lab: Lab) -> Verdict:
             picked = torch.randint(rows, (steps, BATCH), generator=lab.generator(seed))
             batches = [{"x": training.pictures[some], "y": training.labels[some]} for some in picked]
             model = _classifier(unit)
-            decay = {"schedule": "linear", "warmup": 0.0, "min_lr": 0.0, "clip": None}
+            decay: dict[str, Any] = {"schedule": "linear", "warmup": 0.0, "min_lr": 0.0, "clip": None}
             adam = train.AdamW(weight_decay=0.0)
             with lab.threads(1):
                 fit(model, digit_loss, batches, steps=steps, lr=rate, seed=seed, optimizer=adam, **decay)

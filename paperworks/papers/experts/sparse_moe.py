@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from paperworks import train
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import count_parameters
+from paperworks.lab import AtMost, Beats, Lab, Paper, Verdict
 from paperworks.nn import MLP, Experts, Feedforward, NoisyTopKRouter
 from paperworks.nn.feedforward.experts.routers import smooth_load
+from paperworks.testbeds.training import fit
 
 paper = Paper(
     key="sparse-moe",
@@ -31,6 +29,21 @@ paper = Paper(
         "paperworks.nn.feedforward.experts.routers.NoisyTopKRouter",
         "paperworks.nn.feedforward.experts.mixture.Experts",
     ),
+    equation=(
+        r"y = \sum_i G(x)_i E_i(x), \quad G(x) = \operatorname{softmax}(\operatorname{top}_k("
+        r"x W_g + \epsilon \odot \operatorname{softplus}(x W_n)))"
+    ),
+    usage="""
+import torch
+from paperworks.nn import auxiliary
+from paperworks.nn import MLP, Experts, NoisyTopKRouter
+
+spec = Experts(expert=MLP(hidden=64), count=8, top=2, router=NoisyTopKRouter(importance=0.1, load=0.1))
+layer = spec.build(32)  # a part like any other: Block(mixer, feedforward=spec) puts it into a model
+with auxiliary.collecting() as losses:
+    out = layer(torch.randn(4, 16, 32))
+print(tuple(out.shape), "balance losses:", float(losses.total().detach()))
+""",
 )
 
 COUNT, TOP, DIM = 8, 2, 16
@@ -38,7 +51,7 @@ HIDDEN = 16  # units of an expert: as many as inputs, so that two clusters do no
 BATCH = 256
 LR = 0.01
 
-Draw = Callable[[int, int], tuple[Tensor, Tensor]]
+Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @paper.claim(
@@ -50,7 +63,7 @@ Draw = Callable[[int, int], tuple[Tensor, Tensor]]
 @torch.no_grad()
 def gating_is_the_papers(lab: Lab) -> Verdict:
     """Compare with a dense sum over all experts, and the smooth load with draws of fresh noise."""
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     torch.manual_seed(lab.seed)
     sparse, sums = _layer(TOP), _layer(COUNT)
     x = torch.randn(512, DIM, dtype=torch.float64, generator=draws)
@@ -94,6 +107,8 @@ def _layer(top: int) -> Any:
     """A layer whose gate has been drawn, not zero, without noise."""
     spec = Experts(expert=MLP(hidden=HIDDEN, activation="relu"), count=COUNT, top=top, router=NoisyTopKRouter())
     layer: Any = spec.build(DIM).double().eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)  # outputs near 1, on which a tolerance says something
     nn.init.normal_(layer.router.logits.weight)
     return layer
 
@@ -131,65 +146,65 @@ def _frequencies(lab: Lab, clean: Tensor, spread: Tensor, noisy: Tensor, draws: 
     control="the same layer with both weights zero; a dense layer that computes as much a token",
 )
 def losses_balance(lab: Lab) -> Verdict:
-    """Eight clusters of points, a linear map for each: 800 steps, three seeds."""
+    """Train each on eight clusters of points, a linear map for each; count choices and errors on other points."""
+    steps = lab.pick(smoke=3, small=800)
     relu = MLP(hidden=HIDDEN, activation="relu")
-    arms: dict[str, Feedforward] = {
-        "with both losses": Experts(expert=relu, count=COUNT, top=TOP, router=NoisyTopKRouter()),
-        "without": Experts(expert=relu, count=COUNT, top=TOP, router=NoisyTopKRouter(importance=0.0, load=0.0)),
+    specs: dict[str, Feedforward] = {
+        "both losses": Experts(expert=relu, count=COUNT, top=TOP, router=NoisyTopKRouter()),
+        "no losses": Experts(expert=relu, count=COUNT, top=TOP, router=NoisyTopKRouter(importance=0.0, load=0.0)),
         "dense": MLP(hidden=TOP * HIDDEN, activation="relu"),
     }
-    seeds = lab.pick(smoke=(lab.seed,), small=(lab.seed, lab.seed + 1, lab.seed + 2))
-    errors: dict[str, list[float]] = {name: [] for name in arms}
-    loads: dict[str, list[Tensor]] = {name: [] for name in arms}
-    for seed in seeds:
-        draw = _clusters(seed)
-        test = draw(4096, 10**6)
-        for name, spec in arms.items():
-            model = _trained(lab, spec, draw, seed, f"{name}, seed {seed}")
+
+    def arm(spec: Feedforward) -> Callable[[int], dict[str, float | list[float]]]:
+        def measures(seed: int) -> dict[str, float | list[float]]:
+            draw = _clusters(lab.generator(seed))
+            model: Any = spec.build(DIM)
+            adam = train.AdamW(weight_decay=0.0)
+            batches = [draw(BATCH, lab.generator(steps * seed + step)) for step in range(steps)]
+            with lab.threads(1):
+                fit(
+                    model, _squared, batches, steps=steps, lr=LR, seed=seed,
+                    optimizer=adam, schedule="constant", warmup=0, clip=None,
+                )  # fmt: skip
+            test = draw(4096, lab.generator(10**6 + seed))
+            model.eval()
             with torch.no_grad():
-                errors[name].append(float(_squared(model, test)))
-                if isinstance(spec, Experts):
-                    experts = model.router(test[0]).experts
-                    loads[name].append(torch.bincount(experts.flatten(), minlength=COUNT).double() / experts.numel())
-    even, uneven = loads["with both losses"], loads["without"]
-    _draw_loads(lab, even[0], uneven[0])
-    means = {name: statistics.fmean(values) for name, values in errors.items()}
-    return lab.judge(
-        checks={
-            "with: CV(load) under 0.1": max(map(_variation, even)) < 0.1,
-            "with: largest load under 1.2 of the mean": max(map(_largest, even)) < 1.2,
-            "without: CV(load) above 0.3": min(map(_variation, uneven)) > 0.3,
-            "without: largest load at least 1.5 of the mean": min(map(_largest, uneven)) >= 1.5,
-            "without: higher test error": means["without"] > means["with both losses"],
-            "dense: higher test error": means["dense"] > means["with both losses"],
-        },
-        measured={
-            "CV(load) by seed": [_variation(load) for load in even],
-            "largest load / mean, by seed": [_largest(load) for load in even],
-            "test error by seed": errors["with both losses"],
-        },
-        control={
-            "CV(load) by seed, no losses": [_variation(load) for load in uneven],
-            "largest load / mean, by seed, no losses": [_largest(load) for load in uneven],
-            "test error by seed, no losses": errors["without"],
-            "test error by seed, dense": errors["dense"],
-            "parameters that a dense token meets / a sparse one's": count_parameters(arms["dense"].build(DIM))
-            / (TOP * count_parameters(relu.build(DIM))),
-        },
-        note="8 experts of 16 ReLU units, k = 2, 16 dimensions; loads on 4,096 new points, without noise. Gates that "
-        "begin at zero, and noise, keep every expert alive at this size even without the losses: how uneven they "
-        "become is a matter of the seed.",
+                error = float(_squared(model, test))
+                chosen = model.router(test[0]).experts.flatten() if isinstance(spec, Experts) else torch.arange(COUNT)
+            load = torch.bincount(chosen, minlength=COUNT).double()
+            return {
+                "CV(load)": float(load.std(unbiased=False) / load.mean()),
+                "largest load / mean": float(load.max() / load.mean()),
+                "test error": error,
+                "load / mean, most used first": sorted((load / load.mean()).tolist(), reverse=True),
+            }
+
+        return measures
+
+    verdict = lab.compare(
+        arms={name: arm(spec) for name, spec in specs.items()},
+        main=Beats("both losses", "no losses", on="CV(load)", by=0.1, lower=True),
+        also=[
+            AtMost("both losses", 0.1, on="CV(load)"),
+            AtMost("both losses", 1.2, on="largest load / mean"),
+            Beats("both losses", "no losses", on="test error", lower=True),
+            Beats("both losses", "dense", on="test error", lower=True),
+        ],
+        seeds=3,
+        note=f"{COUNT} experts of {HIDDEN} ReLU units, k = 2, {DIM} dimensions, {steps} steps of {BATCH} points; loads "
+        "on 4,096 other points, without noise. The dense layer has as many units as a token meets, and no load. Gates "
+        "that begin at zero, and noise, keep every expert alive at this size even without the losses.",
     )
+    lab.curves("load / mean, most used first", arms=["both losses", "no losses"], name="loads", title="Load by expert")
+    return verdict
 
 
-def _clusters(seed: int) -> Draw:
-    """Return a function (rows, seed) -> (points, targets): eight clusters, the targets of each a linear map."""
-    world = torch.Generator().manual_seed(seed)
+def _clusters(world: torch.Generator) -> Draw:
+    """A function (rows, generator) -> (points, targets): eight clusters, the targets of each a linear map."""
     centres = torch.randn(COUNT, DIM, generator=world)
     maps = torch.randn(COUNT, DIM, DIM, generator=world) / DIM**0.5
 
-    def draw(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-        draws = torch.Generator().manual_seed(seed)
+    def draw(rows: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         cluster = torch.randint(COUNT, (rows,), generator=draws)
         points = centres[cluster] + 0.3 * torch.randn(rows, DIM, generator=draws)
         return points, torch.einsum("noi,ni->no", maps[cluster], points)
@@ -199,47 +214,3 @@ def _clusters(seed: int) -> Draw:
 
 def _squared(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(batch[0]) - batch[1]).square().mean()
-
-
-def _trained(lab: Lab, spec: Feedforward, draw: Draw, seed: int, description: str) -> Any:
-    steps = lab.pick(smoke=3, small=800)
-    torch.manual_seed(seed)
-    model: Any = spec.build(DIM)
-    batches = [draw(BATCH, steps * seed + step) for step in range(steps)]
-    settings = train.Settings(
-        steps=steps,
-        lr=LR,
-        schedule="constant",
-        warmup=0,
-        optimizer=train.AdamW(weight_decay=0.0),
-        clip=None,
-        seed=seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(description, steps) as advance:
-        train.fit(model, _squared, batches, settings, on_step=lambda _: advance(1))
-    return model.eval()
-
-
-def _variation(load: Tensor) -> float:
-    return float(load.std(unbiased=False) / load.mean())
-
-
-def _largest(load: Tensor) -> float:
-    return float(load.max() / load.mean())
-
-
-def _draw_loads(lab: Lab, even: Tensor, uneven: Tensor) -> None:
-    with lab.figure("loads", figsize=(7.0, 2.8)) as figure:
-        axes = figure.subplots()
-        for shift, load, color, label in ((-0.2, even, COLORS[0], "both losses"), (0.2, uneven, CONTROL, "no losses")):
-            places = [place + shift for place in range(COUNT)]
-            axes.bar(places, sorted(load.tolist(), reverse=True), width=0.38, color=color, label=label)
-        axes.axhline(1 / COUNT, color=COLORS[1], linewidth=1.2)
-        axes.text(COUNT - 0.5, 1 / COUNT, "even", color=COLORS[1], va="bottom", ha="right")
-        axes.set(title="Share of choices, by expert", xlabel="experts, most used first", xticks=[])
-        axes.grid(axis="x", visible=False)
-        axes.legend(loc="upper right", ncols=2)
-        axes.set_ylim(0, 1.35 * float(uneven.max()))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from paperworks import train
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.lab import AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import Decoder, DecoderModel
 from paperworks.nn import MLP, Experts, GatedMLP, TopKRouter
 from paperworks.nn.feedforward.experts.mixture import ExpertsModule, within_capacity
 from paperworks.nn.feedforward.experts.routers import balance_loss
 from paperworks.testbeds.characters import BATCH, LENGTH, character_llama, held_out_loss, play
+from paperworks.testbeds.training import fit
 
 paper = Paper(
     key="switch-transformer",
@@ -33,10 +33,29 @@ paper = Paper(
         "paperworks.nn.feedforward.experts.routers.TopKRouter",
         "paperworks.nn.feedforward.experts.mixture.Experts",
     ),
+    equation=r"y = p_i(x) E_i(x), \; i = \arg\max_j p_j(x); \quad \ell = \alpha N \sum_i f_i P_i",
+    budget_exception="Nine trainings took four and a half minutes on a machine that five other runs shared.",
+    usage="""
+import torch
+from paperworks.nn import MLP, Experts, TopKRouter, auxiliary
+
+spec = Experts(  # a part like any other: Block(mixer, feedforward=spec) puts it into a model
+    expert=MLP(hidden=64, activation="relu", bias=False),
+    count=8,
+    top=1,
+    router=TopKRouter(softmax="before", balance=0.01, jitter=0.01),
+    capacity=1.25,
+    capacity_evaluation=2.0,
+)
+layer = spec.build(32)
+with auxiliary.collecting() as losses:
+    out = layer(torch.randn(4, 16, 32))
+print("tokens beyond capacity:", int((out == 0).all(-1).sum()), "of 64; balance loss:", float(losses.total().detach()))
+""",
 )
 
 COUNT = 8
-DIM, LAYERS = 96, 4
+DIM, LAYERS = 96, 2
 CAPACITY = 1.25  # Section 2.2: factors of 1.0 to 1.25 in training
 ALPHA = 0.01  # weight of the balance loss (Section 2.2)
 LR = 2e-3
@@ -150,72 +169,63 @@ def _expert_parameters(dim: int, hidden: int, count: int) -> int:
     return sum(parameter.numel() for parameter in layer.experts.parameters())
 
 
-def _character_switch(balance: float, layers: int) -> Decoder:
-    """Every feed-forward layer switched, each expert as wide as the dense layer would be."""
+def _character_model(balance: float | None, layers: int) -> Decoder:
+    """Every feed-forward layer switched, each expert as wide as the dense layer would be; None leaves it dense."""
     base = character_llama(dim=DIM, depth=layers, heads=4)
+    expert = MLP(hidden=4 * DIM, activation="relu", bias=False)
+    if balance is None:
+        return replace(base, block=replace(base.blocks[0], feedforward=expert))
     router = TopKRouter(softmax="before", balance=balance, jitter=0.01)
-    experts = Experts(
-        expert=MLP(hidden=4 * DIM, activation="relu", bias=False),
-        count=COUNT,
-        top=1,
-        router=router,
-        capacity=CAPACITY,
-        capacity_evaluation=2.0,
-    )
+    experts = Experts(expert=expert, count=COUNT, top=1, router=router, capacity=CAPACITY, capacity_evaluation=2.0)
     return replace(base, block=replace(base.blocks[0], feedforward=experts))
 
 
 @paper.claim(
-    "The balance loss keeps nearly every token in its expert's capacity",
-    paper="Section 2.2: with alpha = 0.01 load balances quickly and tokens dropped stay under 1%, typically",
-    control="the same model and steps with alpha = 0",
+    "The balance loss keeps tokens in their experts' capacity, and the loss falls faster than a dense model's",
+    paper="Section 2.2: with alpha = 0.01 tokens dropped stay under 1%, typically; abstract: up to 7 times faster than "
+    "T5-Base at equal computation a token, with 64 experts",
+    control="the same model and steps with alpha = 0; a dense model that computes as much a token",
+    reach="real",
 )
 def balance_keeps_tokens(lab: Lab) -> Verdict:
-    """Train character models of four switched layers; count tokens beyond capacity over the last 100 steps."""
-    steps = lab.pick(smoke=4, small=350)
-    arms = {"alpha = 0.01": ALPHA, "alpha = 0": 0.0}
-    drops: dict[str, list[float]] = {}
-    loads: dict[str, list[float]] = {}
-    losses: dict[str, float] = {}
-    for name, balance in arms.items():
-        torch.manual_seed(lab.seed)
-        model = _character_switch(balance, lab.pick(smoke=1, small=LAYERS)).build()
-        drops[name], loads[name] = _trained(lab, model, steps, name)
-        losses[name] = held_out_loss(lab, model)
-    late = {name: values[-min(LATE, steps) :] for name, values in drops.items()}
-    share = {name: sum(values) / len(values) for name, values in late.items()}
-    worst = {name: max(loads[name]) for name in arms}
-    with lab.figure("drops", figsize=(7.0, 2.8)) as figure:
-        axes = figure.subplots()
-        for name, color in zip(arms, (COLORS[0], CONTROL), strict=True):
-            axes.plot(range(1, steps + 1), [100 * value for value in drops[name]], color=color, label=name)
-        axes.set(title="Tokens beyond their expert's capacity", xlabel="step", ylabel="percent")
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="upper right", ncols=2)
-    return lab.judge(
-        checks={
-            "under 5% are dropped": share["alpha = 0.01"] < 0.05,
-            "without the loss more than 15%": share["alpha = 0"] > 0.15,
-            "and the fullest expert is fuller": worst["alpha = 0"] > worst["alpha = 0.01"],
-        },
-        measured={
-            "share dropped, last steps": share["alpha = 0.01"],
-            "load of the fullest expert / fair, by layer": loads["alpha = 0.01"],
-            "held-out loss": losses["alpha = 0.01"],
-        },
-        control={
-            "share dropped, last steps, alpha = 0": share["alpha = 0"],
-            "load of the fullest expert / fair, by layer, alpha = 0": loads["alpha = 0"],
-            "held-out loss, alpha = 0": losses["alpha = 0"],
-        },
-        note=f"{steps} steps of {BATCH * LENGTH} characters of tinyshakespeare, 4 layers of 8 experts, capacity factor "
-        "1.25, one seed. That Switch learns faster than a dense model of equal computation needs far more steps than "
-        "these, and is not claimed here.",
+    """Train character models of switched layers, and a dense one; count tokens beyond capacity at the end."""
+    play()
+    steps, layers = lab.pick(smoke=4, small=350), lab.pick(smoke=1, small=LAYERS)
+
+    def arm(balance: float | None) -> Callable[[int], dict[str, float | list[float]]]:
+        def measures(seed: int) -> dict[str, float | list[float]]:
+            model = _character_model(balance, layers).build()
+            drops, fullest = _trained(lab, model, steps, seed)
+            late = drops[-min(LATE, steps) :]
+            return {
+                "tokens dropped, percent": sum(late) / len(late),
+                "fullest expert / fair share": fullest,
+                "held-out loss": held_out_loss(lab, model),
+                "tokens dropped at a step, percent": drops,
+            }
+
+        return measures
+
+    verdict = lab.compare(
+        arms={"alpha = 0.01": arm(ALPHA), "alpha = 0": arm(0.0), "dense": arm(None)},
+        main=Beats("alpha = 0.01", "alpha = 0", on="tokens dropped, percent", by=10, lower=True),
+        also=[
+            AtMost("alpha = 0.01", 1.0, on="tokens dropped, percent"),
+            Beats("alpha = 0.01", "alpha = 0", on="fullest expert / fair share", lower=True),
+            Beats("alpha = 0.01", "dense", on="held-out loss", lower=True),
+        ],
+        seeds=3,
+        note=f"{steps} steps of {BATCH * LENGTH} characters of tinyshakespeare, {layers} layers of {COUNT} experts, "
+        f"capacity factor {CAPACITY}; drops over the last {LATE} steps. A batch of 1,024 tokens fills the experts less "
+        "evenly than the paper's of a million, so more are dropped; and a few hundred steps are too few for the larger "
+        "model to be ahead, because the router's probability scales its outputs down at first.",
     )
+    lab.curves("tokens dropped at a step, percent", arms=["alpha = 0.01", "alpha = 0"], name="drops")
+    return verdict
 
 
-def _trained(lab: Lab, model: DecoderModel, steps: int, description: str) -> tuple[list[float], list[float]]:
-    """Train; return the share of tokens dropped at each step and, over the last steps, each layer's fullest expert."""
+def _trained(lab: Lab, model: DecoderModel, steps: int, seed: int) -> tuple[list[float], float]:
+    """Percent of tokens dropped at each step, and over the last steps the fullest expert of the layers' mean."""
     layers = [module for module in model.modules() if isinstance(module, ExpertsModule)]
     seen: list[list[Tensor]] = [[] for _ in layers]
 
@@ -223,26 +233,19 @@ def _trained(lab: Lab, model: DecoderModel, steps: int, description: str) -> tup
         return lambda _module, _inputs, chosen: seen[layer].append(chosen.detach())
 
     hooks = [layer.choice.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
-    settings = train.Settings(
-        steps=steps,
-        lr=LR,
-        optimizer=train.AdamW(betas=(0.9, 0.95), weight_decay=0.1),
-        warmup=0.1,
-        seed=lab.seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    batches = play().train_windows(length=LENGTH, batch=BATCH, count=steps, seed=lab.seed)
-    with lab.threads(1), lab.progress(description, steps) as advance:
-        train.fit(model, train.next_token_loss, batches, settings, on_step=lambda _: advance(1))
+    batches = play().train_windows(length=LENGTH, batch=BATCH, count=steps, seed=seed)
+    adam = train.AdamW(betas=(0.9, 0.95), weight_decay=0.1)
+    with lab.threads(1):
+        fit(model, train.next_token_loss, batches, steps=steps, lr=LR, seed=seed, optimizer=adam, warmup=0.1)
     for hook in hooks:
         hook.remove()
     model.eval()
-    dropped = [sum(_share_dropped(chosen) for chosen in step) / len(layers) for step in zip(*seen, strict=True)]
+    if not layers:
+        return [0.0] * steps, 1.0
+    dropped = [100 * sum(_share_dropped(chosen) for chosen in step) / len(layers) for step in zip(*seen, strict=True)]
     late = [torch.stack(choices[-LATE:]).flatten() for choices in seen]
     fullest = [float(torch.bincount(chosen, minlength=COUNT).max() * COUNT / len(chosen)) for chosen in late]
-    return dropped, fullest
+    return dropped, sum(fullest) / len(fullest)
 
 
 def _share_dropped(chosen: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from paperworks import train
 from paperworks.data.tasks.masking import mask_tokens, sentence_pairs
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import Block, Decoder, DecoderModel, Encoder, EncoderModel, PostNorm, count_parameters
 from paperworks.models.encoder import MaskedLMHead, segments_of
 from paperworks.nn import MLP, Attention, LayerNorm, LearnedPositions, Placement
+from paperworks.testbeds.training import fit
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -36,6 +36,23 @@ paper = Paper(
         "paperworks.data.tasks.masking.mask_tokens",
         "paperworks.data.tasks.masking.sentence_pairs",
     ),
+    equation=(
+        r"\mathcal L = -\frac{1}{|M|} \sum_{i \in M} \log p(x_i \mid \tilde x) - \log p(\text{is next} \mid "
+        r"h_{[\text{CLS}]})"
+    ),
+    usage="""
+import torch
+from paperworks.data.tasks.masking import mask_tokens
+from paperworks.models import count_parameters
+from paperworks.models.encoder import MaskedLMHead
+from paperworks.nn import LayerNorm
+from paperworks.papers.pretrained.bert import bert
+
+print("BERT base:", count_parameters(bert(768, 12, 12, 30_522, 512)), "parameters")
+encoder = bert(64, 2, 4, 100, 32).build()
+hidden, targets = mask_tokens(torch.randint(5, 100, (2, 32)), mask=4, vocab_size=100)
+print(tuple(MaskedLMHead(encoder, LayerNorm())(encoder(hidden)).shape), int((targets >= 0).sum()), "to recover")
+""",
 )
 
 KINDS = 8  # of brackets
@@ -95,7 +112,7 @@ def sizes_and_shares(lab: Lab) -> Verdict:
     large = count_parameters(bert(1024, 24, 16, 30_522, 512))
     with torch.device("meta"):
         heads = count_parameters(_Pretraining(bert(768, 12, 12, 30_522, 512).build()))
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     tokens = torch.randint(5, 30_000, (lab.pick(smoke=100, small=1000), 1000), generator=draws)
     hidden, targets = mask_tokens(tokens, mask=4, vocab_size=30_000, generator=draws)
     chosen = targets >= 0
@@ -131,75 +148,88 @@ def _brackets(count: int, draws: torch.Generator) -> Tensor:
     return groups.flatten(1)
 
 
-def _settings(lab: Lab, steps: int) -> train.Settings:
-    return train.Settings(
-        steps=steps, lr=1e-3, warmup=0.1, schedule="linear", min_lr=0.0, optimizer=train.AdamW(weight_decay=0.01),
-        seed=lab.seed, save_every=None, log_every=steps, progress=False,
-    )  # fmt: skip
+def _fit(lab: Lab, model: nn.Module, loss: Any, batches: Any, steps: int, seed: int) -> None:
+    with lab.threads(1):
+        fit(
+            model, loss, batches, steps=steps, lr=1e-3, seed=seed,
+            warmup=0.1, schedule="linear", min_lr=0.0, optimizer=train.AdamW(weight_decay=0.01),
+        )  # fmt: skip
 
 
 @paper.claim(
-    "A masked word is recovered from what follows it, which a model of the next word cannot do",
+    "Both sides of a word are read, where a model of the next word, or of the one before, knows one",
     paper="Section 3.1, Task 1, and Table 5: a left-to-right model is worse on all tasks",
-    control="a causal model of equal size trained to predict the next word of the same text",
+    control="causal models of equal size of the same text: one of the next word, one of the word before",
 )
 def reads_both_sides(lab: Lab) -> Verdict:
-    """Opening brackets are random and known only by the one that closes them; two layers of width 64."""
-    steps, judged = lab.pick(smoke=(3, 16), small=(900, 2000))
-    torch.manual_seed(lab.seed)
-    model = _Pretraining(bert(64, 2, 4, VOCAB, ROW, dropout=0.0).build())
+    """Brackets of eight kinds around fillers: an opening one is known by its closing one only, and the other way."""
+    steps, judged = lab.pick(smoke=(3, 16), small=(550, 2000))
 
-    def filling(epoch: int) -> Iterator[Any]:
-        draws = torch.Generator().manual_seed(lab.seed + 1)
-        return (mask_tokens(_brackets(64, draws), mask=MASK, vocab_size=VOCAB, generator=draws) for _ in range(steps))
+    def masked(seed: int) -> dict[str, float]:
+        model = _Pretraining(bert(64, 2, 4, VOCAB, ROW, dropout=0.0).build())
 
-    def fill_loss(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        tokens, targets = batch
-        chosen = targets >= 0
-        logits = model.words(model.encoder(tokens)[chosen])
-        return functional.cross_entropy(logits, targets[chosen], reduction="sum"), chosen.sum()
+        def filling(epoch: int) -> Iterator[Any]:
+            draws = lab.generator(1000 * seed + epoch)
+            rows = (_brackets(64, draws) for _ in range(steps))
+            return (mask_tokens(each, mask=MASK, vocab_size=VOCAB, generator=draws) for each in rows)
 
-    torch.manual_seed(lab.seed)
-    causal = Decoder(
-        vocab_size=VOCAB,
-        dim=64,
-        depth=2,
-        context=ROW,
-        position=LearnedPositions(length=ROW),
-        embedding_norm=LayerNorm(eps=1e-12),
-        norm=None,
-        tied=True,
-        block=_block(causal=True, dim=64, heads=4, hidden=256, dropout=0.0),
-    ).build()
+        def loss(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+            tokens, targets = batch
+            chosen = targets >= 0
+            logits = model.words(model.encoder(tokens)[chosen])
+            return functional.cross_entropy(logits, targets[chosen], reduction="sum"), chosen.sum()
 
-    def reading(epoch: int) -> Iterator[Tensor]:
-        draws = torch.Generator().manual_seed(lab.seed + 1)
-        return (_brackets(64, draws) for _ in range(steps))
+        _fit(lab, model, loss, filling, steps, seed)
+        return _both(_filled(model.eval(), _brackets(judged, lab.generator(10**6 + seed))))
 
-    with lab.threads(1), lab.progress("both models", 2 * steps) as advance:
-        train.fit(model, fill_loss, filling, _settings(lab, steps), on_step=lambda _: advance(1))
-        train.fit(causal, train.next_token_loss, reading, _settings(lab, steps), on_step=lambda _: advance(1))
-    rows = _brackets(judged, torch.Generator().manual_seed(99))
-    ours, theirs = _filled(model.eval(), rows), _foreseen(causal.eval(), rows)
-    with lab.figure("brackets", figsize=(6.4, 2.4)) as figure:
-        axes = figure.subplots()
-        names = ["opening, BERT", "opening, next word", "closing, BERT", "closing, next word"]
-        values = [ours[0], theirs[0], ours[1], theirs[1]]
-        axes.barh(names[::-1], values[::-1], color=[CONTROL, COLORS[0]] * 2)
-        axes.axvline(1 / KINDS, color=FAINT, linestyle=":")
-        for place, value in enumerate(values[::-1]):
-            axes.text(value, place, f" {value:.2f}", va="center")
-        axes.set(title="Brackets named right", xlim=(0, 1.12))
-    return lab.judge(
-        checks={
-            "at least 0.9 of the opening brackets are recovered": ours[0] >= 0.9,
-            "the next-word model stays near 1 in 8": theirs[0] < 0.2,
-            "closing brackets it knows as well": theirs[1] >= 0.9,
-        },
-        measured={"opening brackets right": ours[0], "closing brackets right": ours[1], "steps": steps},
-        control={"opening brackets right": theirs[0], "closing brackets right": theirs[1]},
-        note="A bracket is judged among the kinds of its side. One is masked at a time.",
+    def causal(backwards: bool) -> Callable[[int], dict[str, float]]:
+        def right(seed: int) -> dict[str, float]:
+            spec = Decoder(
+                vocab_size=VOCAB,
+                dim=64,
+                depth=2,
+                context=ROW,
+                position=LearnedPositions(length=ROW),
+                embedding_norm=LayerNorm(eps=1e-12),
+                norm=None,
+                tied=True,
+                block=_block(causal=True, dim=64, heads=4, hidden=256, dropout=0.0),
+            )
+            model = spec.build()
+
+            def reading(epoch: int) -> Iterator[Tensor]:
+                draws = lab.generator(1000 * seed + epoch)
+                rows = (_brackets(64, draws) for _ in range(steps))
+                return (each.flip(1) if backwards else each for each in rows)
+
+            _fit(lab, model, train.next_token_loss, reading, steps, seed)
+            return _both(_foreseen(model.eval(), _brackets(judged, lab.generator(10**6 + seed)), backwards))
+
+        return right
+
+    verdict = lab.compare(
+        arms={"BERT": masked, "next word": causal(False), "word before": causal(True)},
+        main=Beats("BERT", "next word", on="right, the lower of both sides", by=0.5),
+        also=[
+            Beats("BERT", "word before", on="right, the lower of both sides", by=0.5),
+            AtLeast("BERT", 0.9, on="right, the lower of both sides"),
+            AtLeast("next word", 0.9, on="closing brackets right"),
+            AtLeast("word before", 0.9, on="opening brackets right"),
+        ],
+        seeds=2,
+        note=f"{steps} steps of 64 rows, two layers of width 64. A bracket is judged among the kinds of its side, one "
+        "masked at a time; chance is 1 in 8.",
     )
+    lab.points("right, the lower of both sides", name="brackets", title="Brackets named right, the worse of both sides")
+    return verdict
+
+
+def _both(found: tuple[float, float]) -> dict[str, float]:
+    return {
+        "opening brackets right": found[0],
+        "closing brackets right": found[1],
+        "right, the lower of both sides": min(found),
+    }
 
 
 @torch.no_grad()
@@ -214,10 +244,11 @@ def _filled(model: Any, rows: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _foreseen(model: DecoderModel, rows: Tensor) -> tuple[float, float]:
-    logits, found = model(rows), []
+def _foreseen(model: DecoderModel, rows: Tensor, backwards: bool) -> tuple[float, float]:
+    logits, found = model(rows.flip(1) if backwards else rows), []
     for place, first in ((5 * (GROUPS // 2), OPEN), (5 * (GROUPS // 2) + 4, CLOSE)):
-        said = logits[:, place - 1, first : first + KINDS].argmax(-1) + first
+        before = rows.shape[1] - 2 - place if backwards else place - 1
+        said = logits[:, before, first : first + KINDS].argmax(-1) + first
         found.append(float((said == rows[:, place]).float().mean()))
     return found[0], found[1]
 
@@ -241,38 +272,37 @@ def next_sentence_is_learned(lab: Lab) -> Verdict:
     """Eight topics of twelve words; both losses together, as in the paper; judged on documents not trained on."""
     topics = 8
     vocab = 4 + 12 * topics
-    steps, judged = lab.pick(smoke=(3, 16), small=(500, 1000))
-    accuracy, ceiling = {}, 0.5 + 0.5 * (topics - 1) / topics
-    for name, coherent in (("topics", True), ("no topics", False)):
-        draws = torch.Generator().manual_seed(lab.seed + 5)
-        training, held_out = (_documents(topics, draws, coherent=coherent) for _ in range(2))
-        torch.manual_seed(lab.seed)
-        model = _Pretraining(bert(64, 2, 4, vocab, 14, dropout=0.0).build())
+    steps, judged = lab.pick(smoke=(3, 16), small=(350, 1000))
 
-        def batches(epoch: int, documents: Any = training) -> Iterator[Any]:
-            chosen = torch.Generator().manual_seed(lab.seed + 6)
-            for _ in range(steps):
-                pairs = sentence_pairs(documents, 64, start=1, separator=2, generator=chosen)
-                never = (pairs.tokens < 4) | (pairs.segments == 0)
-                yield pairs, mask_tokens(pairs.tokens, mask=MASK, vocab_size=vocab, never=never, generator=chosen)
+    def arm(coherent: bool) -> Callable[[int], dict[str, float]]:
+        def accuracy(seed: int) -> dict[str, float]:
+            draws = lab.generator(seed)
+            training, held_out = (_documents(topics, draws, coherent=coherent) for _ in range(2))
+            model = _Pretraining(bert(64, 2, 4, vocab, 14, dropout=0.0).build())
 
-        with lab.threads(1), lab.progress(name, steps) as advance:
-            train.fit(model, _both_losses, batches, _settings(lab, steps), on_step=lambda _: advance(1))
-        pairs = sentence_pairs(held_out, judged, start=1, separator=2, generator=torch.Generator().manual_seed(98))
-        with torch.no_grad():
-            hidden = model.eval().encoder(
-                pairs.tokens, Placement(segments=pairs.segments), token_types=pairs.token_types
-            )
-            said = model.follows(model.encoder.pooler(hidden)).argmax(-1)  # type: ignore[misc]
-        accuracy[name] = float((said == pairs.is_random).float().mean())
-    return lab.judge(
-        checks={
-            "at least 0.85 are right": accuracy["topics"] >= 0.85,
-            "without topics near 0.5": abs(accuracy["no topics"] - 0.5) < 0.06,
-        },
-        measured={"right": accuracy["topics"], "the most that can be": ceiling, "steps": steps},
-        control={"right without topics": accuracy["no topics"]},
-        note="One random pair in eight has the topic of the first sentence: no model can tell it.",
+            def batches(epoch: int) -> Iterator[Any]:
+                for _ in range(steps):
+                    pairs = sentence_pairs(training, 64, start=1, separator=2, generator=draws)
+                    never = (pairs.tokens < 4) | (pairs.segments == 0)
+                    yield pairs, mask_tokens(pairs.tokens, mask=MASK, vocab_size=vocab, never=never, generator=draws)
+
+            _fit(lab, model, _both_losses, batches, steps, seed)
+            pairs = sentence_pairs(held_out, judged, start=1, separator=2, generator=draws)
+            with torch.no_grad():
+                placement = Placement(segments=pairs.segments)
+                hidden = model.eval().encoder(pairs.tokens, placement, token_types=pairs.token_types)
+                said = model.follows(model.encoder.pooler(hidden)).argmax(-1)  # type: ignore[misc]
+            return {"accuracy": float((said == pairs.is_random).float().mean())}
+
+        return accuracy
+
+    return lab.compare(
+        arms={"topics": arm(True), "no topics": arm(False)},
+        main=Beats("topics", "no topics", on="accuracy", by=0.3),
+        also=[AtLeast("topics", 0.85, on="accuracy"), AtMost("no topics", 0.56, on="accuracy")],
+        seeds=2,
+        note=f"{steps} steps of 64 pairs. A random pair may have the topic of the first sentence, which no model can "
+        "tell.",
     )
 
 

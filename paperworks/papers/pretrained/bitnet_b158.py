@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from paperworks import compress
 from paperworks.compress.formats.ternary import Ternary
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.lab import Beats, Lab, Paper, Verdict, Within
 from paperworks.models import DecoderModel
 from paperworks.models.presets.bitnet import bitnet
 from paperworks.nn import BitLinear
@@ -36,6 +37,24 @@ paper = Paper(
         "paperworks.compress.formats.ternary.Ternary",
         "paperworks.models.presets.bitnet.bitnet",
     ),
+    equation=(
+        r"\tilde W = \operatorname{clip}(\operatorname{round}(W / \gamma), -1, 1), \quad \gamma = \tfrac{1}{nm} \sum "
+        r"|W_{ij}|"
+    ),
+    usage="""
+import torch
+from paperworks import compress
+from paperworks.compress.formats.ternary import Ternary
+from paperworks.models.presets.bitnet import bitnet
+from paperworks.nn import BitLinear
+
+model = bitnet(128, 2, 4, 256, vocab_size=97).build()  # linear=BitLinear(): rounded in training too
+tokens = torch.randint(97, (1, 16))
+before = model.eval()(tokens)
+packed = compress.apply(model, Ternary(norm=BitLinear().eps))
+print("difference:", float((packed(tokens) - before).detach().abs().max()))
+print(compress.report(packed).bits_per_weight, "bits a weight")
+""",
 )
 
 GAUSSIAN_ZEROS = math.erf(0.5 * math.sqrt(2 / math.pi) / math.sqrt(2))  # P(|w| < mean|w| / 2) = 0.310
@@ -60,7 +79,7 @@ def _zeros(signs: Tensor) -> float:
 @torch.no_grad()
 def arithmetic(lab: Lab) -> Verdict:
     """Compare with sums of integers bit for bit; scale weights; count zeros of a Gaussian matrix."""
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     size = lab.pick(smoke=128, small=1024)
     weight = torch.randn(size, size, generator=draws, dtype=torch.float64)
     signs, gamma = ternary(weight)
@@ -118,7 +137,7 @@ def memory(lab: Lab) -> Verdict:
     saved = (2 * weights - held["bits"]) / 1e9
     torch.manual_seed(lab.seed)
     model = replace(bitnet(128, 2, 4, 256, vocab_size=97), init_std=0.2).build().eval()
-    tokens = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(lab.seed))
+    tokens = torch.randint(97, (2, 32), generator=lab.generator(lab.seed))
     before = model(tokens)
     same = [torch.equal(compress.apply(copy.deepcopy(model), form)(tokens), before) for form in formats.values()]
     lab.table(
@@ -157,64 +176,44 @@ def memory(lab: Lab) -> Verdict:
     "Trained ternary, a model learns nearly what full precision learns; rounded afterwards, it is lost",
     paper="Table 1: perplexity 10.04 for LLaMA 3B, 9.91 for BitNet b1.58; at 700M 12.33 and 12.87",
     control="the model in full precision, its layers made ternary after training",
+    reach="real",
 )
 def learns(lab: Lab) -> Verdict:
     """Train LLaMA and BitNet alike on characters of tinyshakespeare; then round LLaMA, and pack BitNet."""
-    steps = lab.pick(smoke=2, small=450, large=3000)
+    steps = lab.pick(smoke=2, small=350, large=3000)
     play()  # before the bars: it may have to be fetched
-    full = character_llama(dim=lab.pick(smoke=32, small=128), depth=lab.pick(smoke=1, small=4), hidden=352)
-    plain = trained(lab, full, steps, lab.seed, "full precision")
-    model = trained(lab, replace(full, linear=BitLinear()), steps, lab.seed, "ternary")
-    losses = {"full precision": held_out_loss(lab, plain), "ternary": held_out_loss(lab, model)}
-    rounded = copy.deepcopy(plain)
-    convert_linears(rounded.blocks, BitLinear(norm=False))  # its own norms stay what they were
-    losses["rounded afterwards"] = held_out_loss(lab, rounded)
-    zeros = [_zeros(ternary(layer.weight)[0]) for layer in _ternary_layers(model)]
-    latent = torch.cat([(x.weight / ternary(x.weight)[1]).detach().flatten() for x in _ternary_layers(model)])
-    packed = compress.apply(model, Ternary(norm=BitLinear().eps))
-    losses["ternary, packed"] = held_out_loss(lab, packed)
-    _draw(lab, losses, latent)
-    return lab.judge(
-        checks={
-            "ternary is within 0.15 nats of full precision": losses["ternary"] <= losses["full precision"] + 0.15,
-            "and at least 0.3 nats below rounding afterwards": (
-                losses["ternary"] <= losses["rounded afterwards"] - 0.3
-            ),
-            "packed, it has the same loss": abs(losses["ternary, packed"] - losses["ternary"]) < 1e-4,
+    full = character_llama(dim=lab.pick(smoke=32, small=128), depth=lab.pick(smoke=1, small=2), hidden=352)
+
+    @cache
+    def model(kind: BitLinear | None, seed: int) -> DecoderModel:
+        return trained(lab, replace(full, linear=kind), steps, seed, "training")
+
+    def rounded(seed: int) -> DecoderModel:
+        found = copy.deepcopy(model(None, seed))
+        convert_linears(found.blocks, BitLinear(norm=False))  # its own norms stay what they were
+        return found
+
+    def packed(seed: int) -> DecoderModel:
+        return compress.apply(copy.deepcopy(model(BitLinear(), seed)), Ternary(norm=BitLinear().eps))
+
+    def arm(make: Callable[[int], DecoderModel]) -> Callable[[int], dict[str, float]]:
+        return lambda seed: {"held-out loss": held_out_loss(lab, make(seed))}
+
+    verdict = lab.compare(
+        arms={
+            "ternary": arm(lambda seed: model(BitLinear(), seed)),
+            "rounded afterwards": arm(rounded),
+            "full precision": arm(lambda seed: model(None, seed)),
+            "ternary, packed": arm(packed),
         },
-        measured={
-            "loss, ternary": losses["ternary"],
-            "loss, full precision": losses["full precision"],
-            "loss, ternary and packed": losses["ternary, packed"],
-            "bits a weight, packed": compress.report(packed).bits_per_weight,
-            "least and largest share of zeros": [min(zeros), max(zeros)],
-        },
-        control={"loss, rounded afterwards": losses["rounded afterwards"]},
-        note=f"4 layers, width 128, {steps} steps of 1,024 characters, peak rate {LR} for both, seed {lab.seed}; nats "
-        "a character on the last tenth of the play. Embedding, head and norms stay in full precision.",
+        main=Beats("ternary", "rounded afterwards", on="held-out loss", by=0.3, lower=True),
+        also=[
+            Within("ternary", "full precision", on="held-out loss", by=0.15, lower=True),
+            Within("ternary, packed", "ternary", on="held-out loss", by=1e-4),
+        ],
+        seeds=2,
+        note=f"2 layers, width 128, {steps} steps of 1,024 characters, peak rate {LR} for both; nats a character on "
+        "the last tenth of the play. Embedding, head and norms stay in full precision.",
     )
-
-
-def _ternary_layers(model: DecoderModel) -> list[TernaryLinear]:
-    return [module for module in model.modules() if isinstance(module, TernaryLinear)]
-
-
-def _draw(lab: Lab, losses: dict[str, float], latent: Tensor) -> None:
-    with lab.figure("losses", figsize=(8.2, 3.2)) as figure:
-        left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
-        names = ("full precision", "ternary", "rounded afterwards")
-        for row, (name, color) in enumerate(zip(names, (COLORS[1], COLORS[0], CONTROL), strict=True)):
-            left.barh(row, losses[name], color=color, height=0.6)
-            left.text(losses[name] + 0.05, row, f"{losses[name]:.3f}", va="center", color=INK)
-        left.set_yticks(range(3), names)
-        left.set_ylim(2.6, -0.6)
-        left.set_xlim(0, 1.2 * max(losses[name] for name in names))
-        left.grid(axis="y", visible=False)
-        left.set(title="Held-out loss", xlabel="nats a character")
-        right.hist(latent.numpy(), bins=80, range=(-4, 4), color=COLORS[0])
-        for edge in (-0.5, 0.5):
-            right.axvline(edge, color=INK, linewidth=1, linestyle=":")
-        right.set_yticks([])
-        right.grid(axis="y", visible=False)
-        right.text(0.98, 0.86, "zeros between\nthe lines", transform=right.transAxes, ha="right", color=INK)
-        right.set(title="Weights before rounding", xlabel="multiples of the mean magnitude")
+    lab.points("held-out loss", name="losses", title="Nats a character, held out")
+    return verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paperworks import train
 from paperworks.interpret import record
-from paperworks.lab import Lab, Paper, Verdict
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL
 from paperworks.models.classic.handwriting import (
     Handwriting,
@@ -22,6 +22,7 @@ from paperworks.models.classic.handwriting import (
 from paperworks.nn import LSTM, Placement
 from paperworks.nn.mixture_density import StrokeDensity, StrokeMixture
 from paperworks.testbeds.strokes import Hand, Strokes
+from paperworks.testbeds.training import fit
 
 paper = Paper(
     key="graves-lstm",
@@ -43,6 +44,19 @@ paper = Paper(
         "paperworks.train.optim.rmsprop_graves.RMSPropGraves",
         "paperworks.models.classic.clipped_backward.clipped_backward",
     ),
+    equation=(
+        r"\Pr(x_{t+1} \mid y_t) = \sum_j \pi^j_t \, \mathcal N(x_{t+1} \mid \mu^j_t, \sigma^j_t, \rho^j_t) \cdot "
+        r"\text{Bernoulli}(e_t)"
+    ),
+    usage="""
+import torch
+from paperworks.models.classic.handwriting import Handwriting, synthesize
+from paperworks.nn.mixture_density import StrokeMixture
+
+model = Handwriting(characters=10, hidden=64, layers=2, window=3, mixture=StrokeMixture(components=8)).build().eval()
+strokes, window, ended = synthesize(model, torch.tensor([2, 0, 1, 3]), most=50, bias=1.0)  # untrained: a scribble
+print(tuple(strokes.shape), "dx, dy, pen lifted; the window over the text:", tuple(window.shape))
+""",
 )
 
 HAND = Hand(missed=0.3, shake=0.01)
@@ -74,7 +88,7 @@ def density_window_and_bias(lab: Lab) -> Verdict:
     offset = torch.randn(50, 2, dtype=torch.float64)
     product = torch.distributions.Normal(alone[:, 1:3], alone[:, 3:5].exp()).log_prob(offset).sum(-1)
     factors = float((StrokeDensity(alone).log_offset(offset) - product).abs().max())
-    drawn, _ = StrokeDensity(outputs, bias=1e5).sample(torch.Generator().manual_seed(lab.seed))
+    drawn, _ = StrokeDensity(outputs, bias=1e5).sample(lab.generator(lab.seed))
     mode = float((drawn - density.mode()).abs().max())
     slowest = min(_slowest_window(seed) for seed in range(5))
     ours, theirs = LSTM(peepholes=True).build(6).double(), torch.nn.LSTM(6, 6, batch_first=True, dtype=torch.float64)
@@ -108,23 +122,19 @@ def _difference(ours: Any, theirs: Any) -> float:
     return float((ours(x, Placement().resolve(2, 9, x.device)) - theirs(x)[0]).abs().max())
 
 
-def _fitted(lab: Lab, components: int, steps: int, name: str) -> HandwritingModel:
-    torch.manual_seed(lab.seed)
+def _fitted(lab: Lab, components: int, steps: int, seed: int) -> HandwritingModel:
     mixture = StrokeMixture(components=components)
     model = Handwriting(characters=10, hidden=CELLS, layers=LAYERS, window=WINDOW, mixture=mixture).build()
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        draws = torch.Generator().manual_seed(1_000 * lab.seed + epoch)
+        draws = lab.generator(1_000 * seed + epoch)
         return (HAND.draw(ROWS, (2, 4), draws).batch() for _ in range(steps))
 
-    settings = train.Settings(
-        steps=steps, lr=RATE,
-        optimizer=train.RMSPropGraves(), clip=None, seed=lab.seed, save_every=None, log_every=steps,
-        progress=False,
-    )  # fmt: skip
-
-    with lab.threads(1), lab.progress(name, steps) as advance:
-        train.fit(model, handwriting_loss, batches, settings, on_step=lambda _: advance(1))
+    with lab.threads(1):
+        fit(
+            model, handwriting_loss, batches, steps=steps, lr=RATE, seed=seed,
+            optimizer=train.RMSPropGraves(), clip=None,
+        )  # fmt: skip
     return model.eval()
 
 
@@ -142,9 +152,9 @@ def _read(model: HandwritingModel, strokes: Strokes) -> dict[str, float]:
             if at == place + 1 and at < length:
                 visited, place = visited + 1, at
     return {
-        "nats": float(nats.sum() / real.sum()),
-        "forward": forward / moves,
-        "visited": visited / int(strokes.lengths.sum()),
+        "nats a step": float(nats.sum() / real.sum()),
+        "steps that do not go back": forward / moves,
+        "characters visited in order": visited / int(strokes.lengths.sum()),
     }
 
 
@@ -155,37 +165,32 @@ def _read(model: HandwritingModel, strokes: Strokes) -> dict[str, float]:
 )
 def writes_digits(lab: Lab) -> Verdict:
     """Strings of 2 to 4 digits as polylines, 30% of the points missed by the tablet; scored on unseen hands."""
-    steps, judged = lab.pick(smoke=(2, 4), small=(600, 200))
-    held_out = HAND.draw(judged, (3, 4), torch.Generator().manual_seed(777))
-    models = {
-        "mixture": _fitted(lab, COMPONENTS, steps, f"{COMPONENTS} Gaussians"),
-        "one Gaussian": _fitted(lab, 1, steps, "one Gaussian"),
-    }
-    with lab.threads(1):
-        found = {name: _read(model, held_out) for name, model in models.items()}
-        text, most = torch.tensor([2, 0, 1, 3]), lab.pick(smoke=5, small=120)
-        draws = torch.Generator().manual_seed(lab.seed)
-        ended = [bool(synthesize(models["mixture"], text, most=most, bias=1.0, generator=draws)[2]) for _ in range(10)]
-        _show_window(lab, models["mixture"], text, most)
-        _show_writing(lab, models, text, most)
-    mixture, single = found["mixture"], found["one Gaussian"]
-    return lab.judge(
-        checks={
-            "at least 1 nat a step below one Gaussian": mixture["nats"] <= single["nats"] - 1.0,
-            "the window visits at least 90% of the characters in order": mixture["visited"] >= 0.9,
-            "and does not go back in 99% of the steps": mixture["forward"] >= 0.99,
-            "writing ends by itself": sum(ended) >= 8,
-        },
-        measured={
-            "nats a step": mixture["nats"],
-            "characters visited in order": mixture["visited"],
-            "steps not back": mixture["forward"],
-            "writings of 10 that ended": sum(ended),
-            "steps": steps,
-        },
-        control={"nats a step": single["nats"], "characters visited in order": single["visited"]},
+    steps, judged = lab.pick(smoke=(2, 4), small=(300, 200))
+    models: dict[str, HandwritingModel] = {}  # of the last seed
+
+    def arm(name: str, components: int) -> Callable[[int], dict[str, float]]:
+        def measures(seed: int) -> dict[str, float]:
+            models[name] = _fitted(lab, components, steps, seed)
+            with lab.threads(1):
+                return _read(models[name], HAND.draw(judged, (3, 4), lab.generator(10**6 + seed)))
+
+        return measures
+
+    verdict = lab.compare(
+        arms={"mixture": arm("mixture", COMPONENTS), "one Gaussian": arm("one Gaussian", 1)},
+        main=Beats("mixture", "one Gaussian", on="nats a step", by=1.0, lower=True),
+        also=[
+            AtLeast("mixture", 0.9, on="characters visited in order"),
+            AtLeast("mixture", 0.99, on="steps that do not go back"),
+        ],
+        seeds=2,
         note=NOTE,
     )
+    text, most = torch.tensor([2, 0, 1, 3]), lab.pick(smoke=5, small=120)
+    with lab.threads(1):
+        _show_window(lab, models["mixture"], text, most)
+        _show_writing(lab, models, text, most)
+    return verdict
 
 
 NOTE = (
@@ -197,7 +202,7 @@ NOTE = (
 
 
 def _show_window(lab: Lab, model: HandwritingModel, text: Tensor, most: int) -> None:
-    _, phi, _ = synthesize(model, text, most=most, bias=1.0, generator=torch.Generator().manual_seed(lab.seed))
+    _, phi, _ = synthesize(model, text, most=most, bias=1.0, generator=lab.generator(lab.seed))
     with lab.figure("window", figsize=(7.2, 2.4)) as figure:
         axes = figure.subplots()
         axes.imshow(phi.T.numpy(), aspect="auto", cmap="Blues", interpolation="nearest", rasterized=True)

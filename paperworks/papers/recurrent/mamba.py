@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel, count_parameters, preset
 from paperworks.nn import RWKV, Attention, Mamba, Mixer, Placement, RoPE
 from paperworks.nn.recurrent.mamba import selective_scan
@@ -30,7 +30,24 @@ paper = Paper(
         "others pass, which a time-invariant one cannot; cost grows linearly with length and a fixed state decodes."
     ),
     implements=("paperworks.nn.recurrent.mamba.Mamba", "paperworks.nn.recurrent.mamba.selective_scan"),
+    equation=(
+        r"h_t = e^{\Delta_t A} h_{t-1} + \Delta_t B_t x_t, \; y_t = C_t h_t, \quad \Delta_t, B_t, C_t \text{ "
+        r"functions of } x_t"
+    ),
+    usage="""
+import torch
+from paperworks.models import Block, Decoder, count_parameters, preset
+from paperworks.nn import Mamba, RMSNorm
+
+print("mamba-130m:", count_parameters(preset("mamba-130m")), "parameters")
+model = Decoder(vocab_size=100, dim=64, depth=2, block=Block(norm=RMSNorm(), mixer=Mamba()), norm=RMSNorm()).build()
+print(tuple(model(torch.randint(100, (1, 50))).shape))
+for length in (10, 10_000):
+    print("bytes held after", length, "tokens:", model.new_cache(1, length).bytes())
+""",
 )
+
+Metrics = dict[str, float | list[float]]
 
 PUBLISHED = {  # parameters, tied embeddings of 50,280 tokens
     "mamba-130m": 129_135_360,
@@ -51,7 +68,7 @@ PUBLISHED = {  # parameters, tied embeddings of 50,280 tokens
 def sizes_and_scans(lab: Lab) -> Verdict:
     """Count on the meta device; compare the scan in pieces, step by step and by doubling, in float64."""
     counts = {name: count_parameters(preset(name)) for name in PUBLISHED}
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=draws)
@@ -87,77 +104,73 @@ def sizes_and_scans(lab: Lab) -> Verdict:
     control="Delta, B and C learned but the same for every token; gate and convolution kept",
 )
 def selection_copies(lab: Lab) -> Verdict:
-    """Four tokens of eight, scattered over 24 places, are to be said in order; two layers of width 64."""
-    task = SelectiveCopying()
-    steps, every, rows = lab.pick(smoke=(4, 2, 8), small=(800, 50, 256))
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for name, mixer in (("selective", Mamba()), ("time-invariant", Mamba(selective=False))):
-        curve = curves.setdefault(name, [])
+    """Three tokens of eight, scattered over 16 places, are to be said in order; two layers of width 64."""
+    task = SelectiveCopying(count=3, spread=16)
+    steps, every, rows = lab.pick(smoke=(4, 2, 8), small=(450, 50, 256))
 
-        def look(step: int, model: DecoderModel, curve: list[tuple[int, float]] = curve) -> None:
-            curve.append((step, remembered(model, task, rows)))
+    def arm(mixer: Mamba) -> Callable[[int], Metrics]:
+        def measures(seed: int) -> Metrics:
+            curve: list[float] = []
 
-        model = taught(lab, small(task, mixer), task, steps, f"{name} copying", every=every, look=look)
-        curve.append((steps + 1, remembered(model, task, 4 * rows)))
-    with lab.figure("copying") as figure:
-        axes = figure.subplots()
-        for (name, curve), color in zip(curves.items(), (COLORS[0], CONTROL), strict=True):
-            axes.plot(*zip(*curve[:-1], strict=True), color=color, label=name)
-        axes.axhline(1 / task.alphabet, color=FAINT, linestyle=":", label="a guess")
-        axes.set(title="Selective copying", xlabel="steps", ylabel="tokens said right", ylim=(0, 1.03))
-        axes.legend(loc="center right")
-    ours, control = (curves[name][-1][1] for name in ("selective", "time-invariant"))
-    return lab.judge(
-        checks={
-            "at least 0.98 of the tokens are right": ours >= 0.98,
-            "without selection at least 0.1 fewer": control <= ours - 0.1,
-        },
-        measured={"right, selective": ours, "steps": steps},
-        control={"right, time-invariant": control},
-        note="Gate and convolution alone recover much of this small task, as in the paper's gated ablation.",
+            def look(step: int, model: DecoderModel) -> None:
+                curve.append(remembered(model, task, rows, seed=10**6 + seed))
+
+            model = taught(lab, small(task, mixer), task, steps, seed, every=every, look=look)
+            return {"tokens said right": remembered(model, task, 4 * rows, seed=10**7 + seed), "right": curve}
+
+        return measures
+
+    verdict = lab.compare(
+        arms={"selective": arm(Mamba()), "time-invariant": arm(Mamba(selective=False))},
+        main=Beats("selective", "time-invariant", on="tokens said right", by=0.1),
+        also=[AtLeast("selective", 0.98, on="tokens said right")],
+        seeds=2,
+        note=f"{steps} steps of 32 rows. Gate and convolution alone recover much of this small task, as in the paper's "
+        "gated ablation.",
     )
+    lab.curves("right", name="copying", title=f"Selective copying: right, every {every} steps")
+    return verdict
 
 
 @paper.claim(
-    "Induction heads trained at 64 tokens answer at sixteen times that length",
+    "Induction heads trained at 32 tokens answer at sixteen times that length",
     paper="Table 2: trained at 256 tokens, perfect up to a million; time-invariant layers (H3, Hyena) fail",
     control="the same layers with Delta, B and C the same for every token",
 )
 def induction_extrapolates(lab: Lab) -> Verdict:
     """One special token was followed by an answer; at its second appearance the answer is to be said."""
-    task = InductionHeads()
-    steps, rows = lab.pick(smoke=(4, 8), small=(800, 256))
-    lengths = lab.pick(smoke=(64, 128), small=(64, 128, 256, 512, 1024))
-    accuracy: dict[str, list[float]] = {}
-    for name, mixer in (("selective", Mamba()), ("time-invariant", Mamba(selective=False))):
-        model = taught(lab, small(task, mixer), task, steps, f"{name} induction", rows=16)
-        accuracy[name] = [
-            remembered(model, replace(task, length=length), max(8, rows * 64 // length)) for length in lengths
-        ]
-    with lab.figure("induction") as figure:
-        axes = figure.subplots()
-        for (name, values), color in zip(accuracy.items(), (COLORS[0], CONTROL), strict=True):
-            axes.plot(lengths, values, marker="o", color=color, label=name)
-        axes.axhline(1 / task.alphabet, color=FAINT, linestyle=":", label="a guess")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.set(title="Trained on 64 tokens", xlabel="tokens of the test", ylabel="answers right", ylim=(0, 1.03))
-        axes.legend(loc="center right")
-    ours, control = accuracy["selective"], accuracy["time-invariant"]
-    return lab.judge(
-        checks={
-            f"at {lengths[-1]} tokens at least 0.95 are right": ours[-1] >= 0.95,
-            "at the trained length too": ours[0] >= 0.95,
-            f"without selection less than 0.5 at {lengths[-1]}": control[-1] < 0.5,
-        },
-        measured={"right by length": ours, "lengths": list(lengths), "steps": steps},
-        control={"right by length, time-invariant": control},
-        note=(
-            "A first design had attention with rotary positions as the control; in 1,200 steps of 32 rows it had not "
-            "learned the task at its own length, so that it could tell nothing of longer ones. Mamba had, and said all "
-            "answers at every length up to 1,024."
-        ),
+    lengths = lab.pick(smoke=(32, 64), small=(32, 64, 128, 256, 512))
+    task = InductionHeads(length=lengths[0])
+    steps, rows = lab.pick(smoke=(4, 8), small=(550, 256))
+
+    def arm(mixer: Mamba) -> Callable[[int], Metrics]:
+        def measures(seed: int) -> Metrics:
+            model = taught(lab, small(task, mixer), task, steps, seed, rows=16)
+            right = [
+                remembered(model, replace(task, length=at), max(32, rows * 32 // at), seed=10**6 + seed)
+                for at in lengths
+            ]
+            return {
+                "right at the trained length": right[0],
+                "right at the longest": right[-1],
+                "answers right": right,
+                "tokens of the test": [float(at) for at in lengths],
+            }
+
+        return measures
+
+    verdict = lab.compare(
+        arms={"selective": arm(Mamba()), "time-invariant": arm(Mamba(selective=False))},
+        main=Beats("selective", "time-invariant", on="right at the longest", by=0.45),
+        also=[
+            AtLeast("selective", 0.95, on="right at the longest"),
+            AtLeast("selective", 0.95, on="right at the trained length"),
+        ],
+        seeds=2,
+        note=f"{steps} steps of 16 rows; the longest test has {lengths[-1]} tokens. A guess is right once in 16.",
     )
+    lab.curves("answers right", x="tokens of the test", name="induction", title="Trained on 32 tokens", log="x")
+    return verdict
 
 
 @paper.claim(
@@ -168,72 +181,43 @@ def induction_extrapolates(lab: Lab) -> Verdict:
 @torch.no_grad()
 def cost_is_linear(lab: Lab) -> Verdict:
     """Time one layer of width 256, forward, on one thread, the smallest of three; and count what decoding holds."""
-    lengths = lab.pick(smoke=(32, 64), small=(128, 256, 512, 1024, 2048, 4096, 8192))
-    mixers: dict[str, Mixer] = {
-        "attention": Attention(heads=4, position=RoPE()),
-        "Mamba": Mamba(),
-        "RWKV": RWKV(),
-    }
-    seconds = {name: [_seconds(mixer, length) for length in lengths] for name, mixer in mixers.items()}
-    held = {
-        name: [
-            mixer.build(256).new_cache(1, length, torch.float32, torch.device("cpu")).bytes()  # type: ignore[operator]
-            for length in (lengths[0], lengths[-1])
-        ]
-        for name, mixer in mixers.items()
-    }
-    growth = {name: values[-1] / values[-3 if len(values) > 2 else 0] for name, values in seconds.items()}
-    crossing = {
-        name: next((n for n, a, b in zip(lengths, seconds["attention"], values, strict=True) if b < a), "none measured")
-        for name, values in seconds.items()
-        if name != "attention"
-    }
-    with lab.figure("cost") as figure:
-        axes = figure.subplots()
-        for (name, values), color in zip(seconds.items(), (CONTROL, COLORS[0], COLORS[1]), strict=True):
-            per_token = [1e6 * value / n for value, n in zip(values, lengths, strict=True)]
-            axes.plot(lengths, per_token, marker="o", color=color, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set(title="One layer of width 256, forward, one thread", xlabel="tokens", ylabel="microseconds a token")
-        axes.legend(loc="center left")
-    factor = lengths[-1] / lengths[-3 if len(lengths) > 2 else 0]
-    return lab.judge(
-        checks={
-            "four times the length costs Mamba at most five times the time": growth["Mamba"] <= 1.25 * factor,
-            "and attention at least eight times": growth["attention"] >= 2 * factor,
-            "Mamba's state is as large at any length": held["Mamba"][0] == held["Mamba"][1],
-            "attention's cache grows with it": held["attention"][1] > held["attention"][0],
-        },
-        measured={
-            "seconds by length, Mamba": seconds["Mamba"],
-            "seconds by length, RWKV": seconds["RWKV"],
-            "lengths": list(lengths),
-            "length from which Mamba is faster than attention": crossing["Mamba"],
-            "length from which RWKV is faster than attention": crossing["RWKV"],
-            "bytes held, shortest and longest": held["Mamba"],
-        },
-        control={"seconds by length": seconds["attention"], "bytes held": held["attention"]},
-        note="Ratios of one machine's timings; where the lines cross depends on it.",
+    lengths = lab.pick(smoke=(32, 64), small=(512, 1024, 2048, 4096, 8192))
+
+    def arm(mixer: Mixer) -> Callable[[int], Metrics]:
+        def measures(seed: int) -> Metrics:
+            module: Any = mixer.build(256)
+            with lab.threads(1):
+                seconds = [_seconds(module, torch.randn(1, at, 256)) for at in lengths]
+            held = [module.new_cache(1, at, torch.float32, torch.device("cpu")).bytes() for at in lengths]
+            return {
+                "time at the longest / at a quarter": seconds[-1] / seconds[-3 if len(seconds) > 2 else 0],
+                "bytes held at the longest / at the shortest": held[-1] / held[0],
+                "microseconds a token": [1e6 * value / at for value, at in zip(seconds, lengths, strict=True)],
+                "tokens": [float(at) for at in lengths],
+            }
+
+        return measures
+
+    verdict = lab.compare(
+        arms={"Mamba": arm(Mamba()), "attention": arm(Attention(heads=4, position=RoPE())), "RWKV": arm(RWKV())},
+        main=Beats("Mamba", "attention", on="time at the longest / at a quarter", by=2, lower=True),
+        also=[
+            AtMost("Mamba", 5, on="time at the longest / at a quarter"),
+            AtMost("Mamba", 1, on="bytes held at the longest / at the shortest"),
+        ],
+        seeds=3,
+        note="Four times the length should cost four times the time. Ratios of one machine's timings; where the lines "
+        "cross depends on it.",
     )
+    lab.curves("microseconds a token", x="tokens", name="cost", title="One layer of width 256, forward", log="xy")
+    return verdict
 
 
-def _seconds(mixer: Mixer, length: int) -> float:
-    torch.manual_seed(0)
-    module, x = mixer.build(256), torch.randn(1, length, 256)
-
-    def once() -> float:
+def _seconds(module: Callable[..., Tensor], x: Tensor) -> float:
+    placement = Placement().resolve(1, x.shape[1], x.device)
+    taken = []
+    for _ in range(3):
         began = time.perf_counter()
-        module(x, Placement().resolve(1, length, x.device))
-        return time.perf_counter() - began
-
-    return _least(once)
-
-
-def _least(measure: Callable[[], float], times: int = 3) -> float:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return min(measure() for _ in range(times))
-    finally:
-        torch.set_num_threads(before)
+        module(x, placement)
+        taken.append(time.perf_counter() - began)
+    return min(taken)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT, INK
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict, Within
 from paperworks.models import Decoder, DecoderModel, count_parameters
 from paperworks.models.presets.matmul_free import matmul_free
 from paperworks.nn import BitLinear
-from paperworks.nn.recurrent.mlgru import MLGRUModule, layer_bounds
+from paperworks.nn.recurrent.mlgru import layer_bounds
 from paperworks.nn.recurrent.recurrence import doubling_recurrence, linear_recurrence
 from paperworks.nn.ternary import TernaryLinear, eight_bits, ternary
-from paperworks.testbeds.characters import LR, held_out_loss, play, trained
+from paperworks.testbeds.characters import LR, character_llama, held_out_loss, play, trained
 
 paper = Paper(
     key="matmul-free-lm",
@@ -35,6 +35,20 @@ paper = Paper(
         "paperworks.nn.recurrent.mlgru.layer_bounds",
         "paperworks.models.presets.matmul_free.matmul_free",
     ),
+    equation=(
+        r"h_t = f_t \odot h_{t-1} + (1 - f_t) \odot c_t, \quad f_t, c_t, g_t \text{ ternary maps of } x_t, \; o_t = "
+        r"W_o (g_t \odot h_t)"
+    ),
+    usage="""
+import torch
+from paperworks.models import count_parameters
+from paperworks.models.presets.matmul_free import matmul_free
+
+spec = matmul_free(64, 2, vocab_size=100, hidden=172)
+model = spec.build()
+model(torch.randint(100, (1, 50))).logsumexp(-1).mean().backward()  # gradients go straight through the rounding
+print(count_parameters(spec), "parameters;", model.new_cache(1, 10).bytes(), "bytes of state at any length")
+""",
 )
 
 PUBLISHED = {"370M": (1024, 24, 370e6), "1.3B": (2048, 24, 1.3e9), "2.7B": (2560, 32, 2.7e9)}  # width, layers, name
@@ -110,81 +124,44 @@ def additions_only(lab: Lab) -> Verdict:
 
 
 @paper.claim(
-    "It learns text, near its version in full precision, and not at all without the straight-through gradient",
+    "It learns text, near its version in full precision, and not without the straight-through gradient",
     paper="Table 1: zero-shot average 40.3 at 370M and 49.9 at 2.7B, Transformer++ 41.1 and 50.7",
-    control="no gradient through the rounding; and the same architecture with plain linear layers",
+    control="no gradient through the rounding; the same architecture with plain linear layers; a transformer",
+    reach="real",
 )
 def learns(lab: Lab) -> Verdict:
-    """Train on characters of tinyshakespeare: ternary, plain, and a short while with and without the gradient."""
-    steps, short = lab.pick(smoke=(2, 2), small=(350, 60), large=(3000, 300))
-    text = play()
-    depth, dim = lab.pick(smoke=(2, 32), small=(6, 128))
-    ours = matmul_free(dim, depth, vocab_size=text.tokenizer.vocab_size, hidden=lab.pick(smoke=64, small=352))
+    """Train each on characters of tinyshakespeare, equal steps."""
+    text, steps = play(), lab.pick(smoke=2, small=220, large=3000)
+    depth, dim = lab.pick(smoke=(2, 32), small=(3, 96))
+    hidden = lab.pick(smoke=64, small=264)
+    ours = matmul_free(dim, depth, vocab_size=text.tokenizer.vocab_size, hidden=hidden)
     blocked = BitLinear(straight_through=False)
-    arms: dict[str, tuple[Decoder, int]] = {
-        "ternary": (ours, steps),
-        "full precision": (replace(ours, linear=None, head=None), steps),
-        "ternary, short": (ours, short),
-        "no gradient, short": (replace(ours, linear=blocked, head=blocked), short),
-    }
-    models = {name: trained(lab, spec, taken, lab.seed, name) for name, (spec, taken) in arms.items()}
-    losses = {name: held_out_loss(lab, model) for name, model in models.items()}
-    alone = _single_characters()
-    zeros = [float((ternary(layer.weight)[0] == 0).double().mean()) for layer in _layers(models["ternary"])]
-    mixers = [module for module in models["ternary"].modules() if isinstance(module, MLGRUModule)]
-    with torch.no_grad():
-        bounds = [float(torch.as_tensor(mixer.lower_bound()).mean()) for mixer in mixers]
-    _draw(lab, losses, alone, (steps, short))
-    return lab.judge(
-        checks={
-            "its loss is at most 2.0 nats": losses["ternary"] <= 2.0,
-            "within 0.25 of full precision": losses["ternary"] <= losses["full precision"] + 0.25,
-            "0.2 to 0.5 of each layer's weights are zeros": min(zeros) >= 0.2 and max(zeros) <= 0.5,
-            f"without the gradient, {short} steps do not reach the entropy of single characters": (
-                losses["no gradient, short"] > alone
-            ),
-            "with it, they pass it by 0.3 nats": losses["ternary, short"] < alone - 0.3,
+
+    def arm(spec: Decoder) -> Callable[[int], dict[str, float]]:
+        def measures(seed: int) -> dict[str, float]:
+            model = trained(lab, spec, steps, seed, "training")
+            zeros = [float((ternary(layer.weight)[0] == 0).double().mean()) for layer in _layers(model)] or [0.0]
+            return {"held-out loss": held_out_loss(lab, model), "zeros": sum(zeros) / len(zeros)}
+
+        return measures
+
+    verdict = lab.compare(
+        arms={
+            "ternary": arm(ours),
+            "no gradient": arm(replace(ours, linear=blocked, head=blocked)),
+            "full precision": arm(replace(ours, linear=None, head=None)),
+            "transformer": arm(character_llama(dim=dim, depth=depth, hidden=hidden)),
         },
-        measured={
-            "loss, ternary": losses["ternary"],
-            "loss, full precision": losses["full precision"],
-            f"loss, ternary, {short} steps": losses["ternary, short"],
-            "least and largest share of zeros": [min(zeros), max(zeros)],
-            "lower bounds learned, mean of each layer": bounds,
-        },
-        control={
-            f"loss without the gradient, {short} steps": losses["no gradient, short"],
-            "entropy of single characters": alone,
-        },
-        note=f"{depth} layers, width {dim}, {steps} steps of 1,024 characters, peak rate {LR}, seed {lab.seed}; nats a "
-        "character on the last tenth of the play. The version in full precision has plain layers, without their norms.",
+        main=Beats("ternary", "no gradient", on="held-out loss", by=0.5, lower=True),
+        also=[
+            Within("ternary", "full precision", on="held-out loss", by=0.25, lower=True),
+            Within("ternary", "transformer", on="held-out loss", by=0.25, lower=True),
+            AtLeast("ternary", 0.2, on="zeros"),
+            AtMost("ternary", 0.5, on="zeros"),
+        ],
+        seeds=2,
+        note=f"{depth} layers, width {dim}, {steps} steps of 1,024 characters, peak rate {LR}; nats a character on the "
+        "last tenth of the play. The version in full precision has plain layers, without their norms.",
     )
-
-
-def _single_characters() -> float:
-    """Return the held-out loss of knowing only how often each character comes."""
-    text = play()
-    counts = torch.bincount(text.training, minlength=text.tokenizer.vocab_size).double() + 1
-    return float(-(counts / counts.sum()).log()[text.validation].mean())
-
-
-def _draw(lab: Lab, losses: dict[str, float], alone: float, steps: tuple[int, int]) -> None:
-    labels = {
-        "ternary": f"ternary, {steps[0]} steps",
-        "full precision": f"full precision, {steps[0]} steps",
-        "ternary, short": f"ternary, {steps[1]} steps",
-        "no gradient, short": f"no gradient, {steps[1]} steps",
-    }
-    with lab.figure("losses", figsize=(7.2, 2.8)) as figure:
-        axes = figure.subplots()
-        for row, name in enumerate(labels):
-            color = {"full precision": COLORS[1], "no gradient, short": CONTROL}.get(name, COLORS[0])
-            axes.barh(row, losses[name], color=color, height=0.6)
-            axes.text(losses[name] + 0.05, row, f"{losses[name]:.3f}", va="center", color=INK)
-        axes.axvline(alone, color=FAINT, linestyle=":", label="knowing single characters' frequencies")
-        axes.set_yticks(range(len(labels)), list(labels.values()))
-        axes.set_ylim(len(labels) - 0.5, -0.6)
-        axes.set_xlim(0, 1.15 * max(losses.values()))
-        axes.grid(axis="y", visible=False)
-        axes.set(title="Without products of matrices", xlabel="nats a character on held-out text")
-        figure.legend(loc="outside lower right")
+    lab.points("held-out loss", name="losses", title="Without products of matrices: nats a character")
+    return verdict

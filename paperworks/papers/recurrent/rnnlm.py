@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,13 +15,13 @@ from torch import Tensor
 from paperworks import train
 from paperworks.data.text.texts import load_text
 from paperworks.data.text.words import Vocabulary, split_words
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import Block, Decoder, DecoderModel, NoResidual, count_parameters
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
+from paperworks.models import Block, Decoder, DecoderModel, NoResidual
 from paperworks.models.classic.kneser_ney import KneserNey
 from paperworks.models.surgery.interpolation import interpolated, mixture_weights
 from paperworks.nn import Elman
 from paperworks.nn.identity_norm import NoNorm
+from paperworks.testbeds.training import fit
 from paperworks.train.dynamic_evaluation import dynamic_log_probabilities, stream_log_probabilities
 from paperworks.train.streams import Streams
 
@@ -43,6 +44,18 @@ paper = Paper(
         "paperworks.models.surgery.interpolation.interpolated",
         "paperworks.data.text.words.Vocabulary",
     ),
+    equation=r"s(t) = \sigma(U w(t) + W s(t-1)), \; y(t) = \operatorname{softmax}(V s(t))",
+    usage="""
+import torch
+from paperworks.models.classic.kneser_ney import KneserNey
+from paperworks.models.surgery.interpolation import interpolated, mixture_weights
+
+text = (torch.arange(3000) % 7 * 3 + torch.arange(3000) % 2).tolist()  # ids of words
+models = [KneserNey(text[:2000], vocab_size=22, order=order) for order in (2, 5)]  # or a network's log probabilities
+scores = [model.log_probabilities(text[2000:]) for model in models]
+weights = mixture_weights(scores)
+print("weights:", weights, "nats a word:", -float(interpolated(scores, weights).mean()))
+""",
 )
 
 HIDDEN, ORDER = 100, 5
@@ -80,40 +93,33 @@ def _network(vocab_size: int) -> Decoder:
     return Decoder(vocab_size=vocab_size, dim=HIDDEN, depth=1, block=block, norm=None, init_std=0.1)
 
 
-def _settings(steps: int, rate: float, clip: float | None) -> train.Settings:
-    return train.Settings(
-        steps=steps, lr=rate, schedule="constant", warmup=0, optimizer=train.SGD(), clip=clip, save_every=None,
-        log_every=steps, progress=False,
-    )  # fmt: skip
+SGD: dict[str, Any] = {"schedule": "constant", "warmup": 0, "optimizer": train.SGD()}
 
 
-def _fitted(lab: Lab, words: Words, epochs: int) -> tuple[DecoderModel, list[float]]:
+def _fitted(lab: Lab, words: Words, epochs: int, seed: int) -> DecoderModel:
     """Train by plain gradient descent; once an epoch gains less than 1% of perplexity, halve the rate every epoch."""
-    torch.manual_seed(lab.seed)
     model = _network(words.vocabulary.size).build()
     streams = Streams(words.training, batch=STREAMS, length=STEPS_BACK)
     rate, halving, perplexities = RATE, False, list[float]()
-    with lab.threads(1), lab.progress("epochs", epochs * len(streams)) as advance:
+    with lab.threads(1):
         for _ in range(epochs):
-            settings = _settings(len(streams), rate, clip=1.0)
-            train.fit(model, streams.loss, streams, settings, on_step=lambda _: advance(1))
+            fit(model, streams.loss, streams, steps=len(streams), lr=rate, seed=seed, clip=1.0, **SGD)
             scores = stream_log_probabilities(model, words.validation)
             perplexities.append(_perplexity(words, scores, "validation"))
             halving = halving or (len(perplexities) > 1 and perplexities[-1] > 0.99 * perplexities[-2])
             rate = rate / 2 if halving else rate
-    return model.eval(), perplexities
+    return model.eval()
 
 
-_FITTED: dict[tuple[str, int], tuple[DecoderModel, list[float]]] = {}
+_FITTED: dict[tuple[str, int], DecoderModel] = {}
 
 
-def _network_and_words(lab: Lab) -> tuple[DecoderModel, list[float], Words]:
+def _network_and_words(lab: Lab, seed: int) -> tuple[DecoderModel, Words]:
     """Both claims ask the same network; it is trained for the first of them."""
     words = _words(lab.pick(smoke=3_000, small=None))
-    key = (lab.scale, lab.seed)
-    if key not in _FITTED:
-        _FITTED[key] = _fitted(lab, words, lab.pick(smoke=1, small=3))
-    return *_FITTED[key], words
+    if (lab.scale, seed) not in _FITTED:
+        _FITTED[lab.scale, seed] = _fitted(lab, words, lab.pick(smoke=1, small=2), seed)
+    return _FITTED[lab.scale, seed], words
 
 
 def _perplexity(words: Words, scores: Tensor, part: str) -> float:
@@ -172,115 +178,118 @@ def distributions_and_order(lab: Lab) -> Verdict:
 
 
 def _learned_first(model: DecoderModel, text: Tensor) -> Tensor:
-    """Score each word with the weights that have learned from it already: what must not be done."""
+    """Scores of words by the weights that have learned from them already: what must not be done."""
     model, found = copy.deepcopy(model), []
     for at in range(1, len(text)):
         pair = text[None, at - 1 : at + 1]
-        train.fit(model, train.next_token_loss, [pair], _settings(1, DYNAMIC_RATE, None))
+        fit(model, train.next_token_loss, [pair], steps=1, lr=DYNAMIC_RATE, clip=None, **SGD)
         found.append(stream_log_probabilities(model, text[at - 1 : at + 1]))
     return torch.cat(found)
+
+
+@cache
+def _counts(scale: str, order: int) -> KneserNey:
+    words = _words(3_000 if scale == "smoke" else None)
+    return KneserNey(words.training.tolist(), words.vocabulary.size, order)
 
 
 @paper.claim(
     "Averaged with a Kneser-Ney 5-gram the network beats either alone",
     paper="Results on WSJ: RNN + KN5 against KN5, with weight 0.75 of the network",
     control="either model alone",
+    reach="real",
 )
 def mixes_with_ngrams(lab: Lab) -> Verdict:
-    """Words of Shakespeare, 100 sigmoid units, three epochs; the weight of each is fitted on the validation part."""
-    model, epochs, words = _network_and_words(lab)
-    counts = KneserNey(words.training.tolist(), words.vocabulary.size, ORDER)
-    scores: dict[str, list[Tensor]] = {"validation": [], "test": []}
-    for part, both in scores.items():
-        ids = getattr(words, part)
-        with lab.threads(1):
-            both += [stream_log_probabilities(model, ids), counts.log_probabilities(ids.tolist())]
-    weights = mixture_weights(scores["validation"])
-    network, ngrams = (_perplexity(words, each, "test") for each in scores["test"])
-    mixed = _perplexity(words, interpolated(scores["test"], weights), "test")
-    papers = _perplexity(words, interpolated(scores["test"], [0.75, 0.25]), "test")
-    with lab.figure("perplexity", figsize=(6.4, 2.2)) as figure:
-        _bars(figure, {"network": network, "5-grams": ngrams, "both": mixed}, "Perplexity on plays not read before")
-    return lab.judge(
-        checks={
-            "at least 5% below the better one": mixed <= 0.95 * min(network, ngrams),
-            "both have a say: weights above 0.2": min(weights) > 0.2,
-        },
-        measured={
-            "perplexity of both": mixed,
-            "weight of the network": weights[0],
-            "perplexity of both, weight 0.75 as in the paper": papers,
-            "validation perplexity of the network by epoch": epochs,
-            "parameters": count_parameters(_network(words.vocabulary.size)),
-            "test words": int(words.known["test"].sum()),
-        },
-        control={"perplexity, network": network, "perplexity, 5-grams": ngrams},
+    """Words of Shakespeare, 100 sigmoid units, two epochs; the weight of each is fitted on the validation part."""
+
+    @cache
+    def perplexities(seed: int) -> dict[str, dict[str, float]]:
+        model, words = _network_and_words(lab, seed)
+        counts = _counts(lab.scale, ORDER)
+        scores: dict[str, list[Tensor]] = {}
+        for part in ("validation", "test"):
+            ids = getattr(words, part)
+            with lab.threads(1):
+                scores[part] = [stream_log_probabilities(model, ids), counts.log_probabilities(ids.tolist())]
+        weights = mixture_weights(scores["validation"])
+        mixed = interpolated(scores["test"], weights)
+        found = {"both": mixed, "network": scores["test"][0], "5-grams": scores["test"][1]}
+        shares = {"both": 1.0, "network": weights[0], "5-grams": weights[1]}
+        return {
+            name: {"perplexity": _perplexity(words, logs, "test"), "weight in the mixture": shares[name]}
+            for name, logs in found.items()
+        }
+
+    def arm(name: str) -> Callable[[int], dict[str, float]]:
+        return lambda seed: perplexities(seed)[name]
+
+    words = _words(lab.pick(smoke=3_000, small=None))
+    verdict = lab.compare(
+        arms={name: arm(name) for name in ("both", "5-grams", "network")},
+        main=Beats("both", "5-grams", on="perplexity", by_ratio=0.05, lower=True),
+        also=[
+            Beats("both", "network", on="perplexity", by_ratio=0.05, lower=True),
+            AtLeast("network", 0.2, on="weight in the mixture"),
+            AtLeast("5-grams", 0.2, on="weight in the mixture"),
+        ],
+        seeds=2,
+        measured={"test words": int(words.known["test"].sum())},
         note=f"{words.vocabulary.size:,} ids, of which one stands for {len(words.vocabulary.rare):,} rare words; test "
         "words that the training part never has are read but not scored. Truncated backpropagation over "
         f"{STEPS_BACK} words in {STREAMS} streams, where the paper has one word and one stream; the state begins at 0.",
     )
-
-
-def _bars(figure: Any, values: dict[str, float], title: str) -> None:
-    axes = figure.subplots()
-    names = list(values)[::-1]
-    colors = [COLORS[0], *[CONTROL] * (len(names) - 1)]
-    axes.barh(names, [values[name] for name in names], color=colors)
-    for index, name in enumerate(names):
-        axes.text(values[name], index, f" {values[name]:.1f}", va="center")
-    axes.set(title=title, xlim=(0, 1.15 * max(values.values())))
+    lab.points("perplexity", title="Perplexity on plays not read before")
+    return verdict
 
 
 @paper.claim(
     "Going on to learn from the text it reads makes the network better on plays it has not read",
     paper="Section 2: dynamic models are updated once with each word of the test data, at rate 0.1",
     control="the static network; and the network after as many more updates on the training part",
+    reach="real",
 )
 def learns_from_what_it_reads(lab: Lab) -> Verdict:
     """The test part is of other plays; each chunk of five words is scored and then learned from, once."""
-    model, _, words = _network_and_words(lab)
-    count = lab.pick(smoke=60, small=15_000)
-    text, known = words.test[:count], words.known["test"][:count]
-    shorter = Words(words.vocabulary, words.training, words.validation, text, {"test": known})
-    counts = KneserNey(words.training.tolist(), words.vocabulary.size, ORDER).log_probabilities(text.tolist())
-    with lab.threads(1), lab.progress("dynamic evaluation", 2) as advance:
-        static = stream_log_probabilities(model, text)
-        dynamic = dynamic_log_probabilities(model, text, lr=DYNAMIC_RATE, length=CHUNK)
-        advance(1)
+    count = lab.pick(smoke=60, small=12_000)
+
+    def arm(scored: Callable[[DecoderModel, Words], Tensor]) -> Callable[[int], dict[str, float]]:
+        def measures(seed: int) -> dict[str, float]:
+            model, words = _network_and_words(lab, seed)
+            text, known = words.test[:count], words.known["test"][:count]
+            shorter = Words(words.vocabulary, words.training, words.validation, text, {"test": known})
+            with lab.threads(1):
+                logs = scored(model, shorter)
+            both = interpolated([logs, _counts(lab.scale, ORDER).log_probabilities(text.tolist())], [0.5, 0.5])
+            return {
+                "perplexity": _perplexity(shorter, logs, "test"),
+                "perplexity with 5-grams": _perplexity(shorter, both, "test"),
+            }
+
+        return measures
+
+    def dynamic(model: DecoderModel, words: Words) -> Tensor:
+        return dynamic_log_probabilities(model, words.test, lr=DYNAMIC_RATE, length=CHUNK)
+
+    def static(model: DecoderModel, words: Words) -> Tensor:
+        return stream_log_probabilities(model, words.test)
+
+    def further(model: DecoderModel, words: Words) -> Tensor:
         more, streams = copy.deepcopy(model), Streams(words.training[:count], batch=1, length=CHUNK)
-        settings = _settings(len(streams), CHUNK * DYNAMIC_RATE, None)  # fit takes the mean of the chunk, not its sum
-        train.fit(more, streams.loss, streams, settings)
-        further = stream_log_probabilities(more, text)
-        advance(1)
-    both = [0.5, 0.5]
-    found = {
-        "static": _perplexity(shorter, static, "test"),
-        "more of the training text": _perplexity(shorter, further, "test"),
-        "dynamic": _perplexity(shorter, dynamic, "test"),
-        "static + 5-grams": _perplexity(shorter, interpolated([static, counts], both), "test"),
-        "dynamic + 5-grams": _perplexity(shorter, interpolated([dynamic, counts], both), "test"),
-    }
-    with lab.figure("dynamic", figsize=(6.4, 2.6)) as figure:
-        _bars(figure, found, "Perplexity on plays not read before")
-    return lab.judge(
-        checks={
-            "dynamic at least 5% below static": found["dynamic"] <= 0.95 * found["static"],
-            "more training is no such help: less than half of it": (
-                found["static"] - found["more of the training text"] < 0.5 * (found["static"] - found["dynamic"])
-            ),
-            "and so in the mixture with 5-grams": found["dynamic + 5-grams"] < found["static + 5-grams"],
-        },
-        measured={
-            "perplexity, dynamic": found["dynamic"],
-            "perplexity, dynamic + 5-grams": found["dynamic + 5-grams"],
-            "words": int(known.sum()),
-        },
-        control={
-            "perplexity, static": found["static"],
-            "perplexity, static + 5-grams": found["static + 5-grams"],
-            "perplexity after more of the training text": found["more of the training text"],
-        },
+        rate = CHUNK * DYNAMIC_RATE  # fit takes the mean of the chunk, not its sum
+        fit(more, streams.loss, streams, steps=len(streams), lr=rate, clip=None, **SGD)
+        return stream_log_probabilities(more, words.test)
+
+    verdict = lab.compare(
+        arms={"dynamic": arm(dynamic), "static": arm(static), "more training": arm(further)},
+        main=Beats("dynamic", "static", on="perplexity", by_ratio=0.05, lower=True),
+        also=[
+            Beats("dynamic", "more training", on="perplexity", by_ratio=0.05, lower=True),
+            Beats("dynamic", "static", on="perplexity with 5-grams", lower=True),
+        ],
+        seeds=2,
         note=f"Equal weights in the mixtures. Chunks of {CHUNK} words at the paper's rate of {DYNAMIC_RATE} a word. "
         "The control learns from the first plays of the training part as the other does from the test part, and so "
         "draws near to those instead.",
     )
+    lab.points("perplexity", name="dynamic", title="Perplexity on plays not read before")
+    return verdict

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from paperworks.data.text.word_contexts import WordContexts
-from paperworks.lab import Lab, Paper, Verdict
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, FAINT
 from paperworks.models.classic.huffman import huffman_paths
-from paperworks.models.classic.word_vectors import WordVectors, analogy_accuracy
+from paperworks.models.classic.word_vectors import Architecture, WordVectors, analogy_accuracy
 from paperworks.testbeds.word_vectors import DIM, context_counts, corpus_of, taught
 
 paper = Paper(
@@ -33,6 +34,24 @@ paper = Paper(
         "paperworks.models.classic.huffman.huffman_paths",
         "paperworks.data.text.word_contexts.WordContexts",
     ),
+    equation=(
+        r"\frac{1}{T} \sum_t \sum_{-c \le j \le c, j \ne 0} \log p(w_{t+j} \mid w_t), \quad \text{analogy: } "
+        r"\arg\max_x \cos(v_x, v_b - v_a + v_c)"
+    ),
+    usage="""
+import torch
+from paperworks import train
+from paperworks.data.text.word_contexts import WordContexts, WordVocabulary
+from paperworks.models.classic.word_vectors import WordVectors, word_vector_loss
+
+lines = [["the", "cat", "sees", "the", "dog"], ["the", "dog", "sees", "a", "bird"]] * 200
+vocabulary = WordVocabulary.of(lines, min_count=1)
+tokens, places = vocabulary.encode(lines)
+batches = WordContexts(tokens, places, vocabulary.counts, window=2, rows=8, span=8)
+model = WordVectors(vocab_size=len(vocabulary), dim=16, output="softmax-tree").build(vocabulary.counts)
+train.fit(model, word_vector_loss, batches, train.Settings(steps=len(batches), lr=0.025, save_every=None))
+print(vocabulary.words[0], model.input.weight[0, :4].tolist())
+""",
 )
 
 
@@ -52,7 +71,7 @@ def tree_is_a_distribution(lab: Lab) -> Verdict:
     codes = sorted(paths.code(word) for word in range(words))
     prefixes = sum(after.startswith(code) for code, after in pairwise(codes))
     model = WordVectors(vocab_size=words, dim=DIM, output="softmax-tree").build(counts).double()
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     with torch.no_grad():
         model.output.weight.copy_(torch.randn(model.output.weight.shape, generator=draws, dtype=torch.float64))
     sums = model.log_probabilities(torch.randn(8, DIM, generator=draws, dtype=torch.float64)).exp().sum(-1)
@@ -80,47 +99,62 @@ def tree_is_a_distribution(lab: Lab) -> Verdict:
 )
 def answers_analogies(lab: Lab) -> Verdict:
     """Train both, with the tree, on 200,000 words in which 20 countries x {name, capital, adjective} are planted."""
-    corpus = corpus_of(lab)
-    counts, words = corpus.vocabulary.counts, len(corpus.vocabulary)
     epochs = lab.pick(smoke=1, small=5)
-    scores, vectors = {}, {}
-    for name, architecture, window, rate in (("skip-gram", "skip-gram", 10, 0.025), ("CBOW", "cbow", 4, 0.05)):
-        spec = WordVectors(vocab_size=words, dim=DIM, architecture=architecture, output="softmax-tree")  # type: ignore[arg-type]
-        batches = WordContexts(
-            corpus.tokens,
-            corpus.sentences,
-            counts,
-            window=window,
-            shrink=architecture == "skip-gram",
-            rows=8,
-            span=8,
-            seed=lab.seed,
-        )
-        model = taught(lab, spec, batches, counts, epochs, rate, f"{name}, {epochs} passages")
-        vectors[name] = model.input.weight.detach()
-        scores[name] = analogy_accuracy(vectors[name], corpus.questions)
-    counted = context_counts(corpus)
-    control = analogy_accuracy(counted, corpus.questions)
-    _draw(lab, vectors["skip-gram"], corpus.vocabulary.index)
-    return lab.judge(
-        checks={
-            "skip-gram answers at least 0.8": scores["skip-gram"] >= 0.8,
-            "CBOW at least 0.6": scores["CBOW"] >= 0.6,
-            "raw counts answer fewer than either": control < min(scores.values()),
+    vectors: dict[int, Tensor] = {}
+
+    def arm(architecture: Architecture, window: int, rate: float) -> Callable[[int], dict[str, float]]:
+        def right(seed: int) -> dict[str, float]:
+            corpus = corpus_of(lab, seed)
+            counts = corpus.vocabulary.counts
+            spec = WordVectors(vocab_size=len(counts), dim=DIM, architecture=architecture, output="softmax-tree")
+            batches = WordContexts(
+                corpus.tokens,
+                corpus.sentences,
+                counts,
+                window=window,
+                shrink=architecture == "skip-gram",
+                rows=8,
+                span=8,
+                seed=seed,
+            )
+            found = taught(lab, spec, batches, counts, epochs, rate, seed).input.weight.detach()
+            if architecture == "skip-gram":
+                vectors[seed] = found
+            return {"analogies right": analogy_accuracy(found, corpus.questions)}
+
+        return right
+
+    def counted(seed: int) -> dict[str, float]:
+        corpus = corpus_of(lab, seed)
+        return {"analogies right": analogy_accuracy(context_counts(corpus), corpus.questions)}
+
+    verdict = lab.compare(
+        arms={
+            "skip-gram": arm("skip-gram", 10, 0.025),
+            "CBOW": arm("cbow", 4, 0.05),
+            "raw counts": counted,
         },
-        measured={"skip-gram": scores["skip-gram"], "CBOW": scores["CBOW"], "questions": len(corpus.questions),
-                  "words": words, "passages": epochs},
-        control={"raw counts": control},
+        main=Beats("skip-gram", "raw counts", on="analogies right", by=0.4),
+        also=[
+            Beats("CBOW", "raw counts", on="analogies right", by=0.4),
+            AtLeast("skip-gram", 0.8, on="analogies right"),
+            AtLeast("CBOW", 0.6, on="analogies right"),
+        ],
+        seeds=(3, 4, 5),
         note=(
             "The paper's windows: up to 10 words, the reach drawn, for skip-gram, 4 on each side for CBOW; 64 words "
-            "a step, for with 256 the root's 2,800 pairs at once diverged. A first try had the published program's "
-            "window of 5 and 256 words: skip-gram 0.79, CBOW 0.99. CBOW goes backward as that program does."
+            "a step, for with 256 the root's 2,800 pairs at once diverged. The design was made on seed 0 and is judged "
+            "on others. CBOW goes backward as the published program does. The paper has skip-gram ahead in semantic "
+            "questions; the planted relations are regular ones."
         ),
-    )  # fmt: skip
+    )
+    seed, found = next(iter(vectors.items()))
+    _draw(lab, found, corpus_of(lab, seed).vocabulary.index)
+    return verdict
 
 
 def _draw(lab: Lab, vectors: Tensor, index: dict[str, int]) -> None:
-    """Draw six countries and their capitals in the plane of their two largest components, as the papers do."""
+    """Figure of six countries and their capitals in the plane of their two largest components, as the papers do."""
     countries = [number for number in range(20) if f"name{number}" in index and f"capital{number}" in index][:6]
     pairs = torch.stack([vectors[[index[f"name{n}"], index[f"capital{n}"]]] for n in countries])
     flat = pairs.flatten(0, 1) - pairs.flatten(0, 1).mean(0)

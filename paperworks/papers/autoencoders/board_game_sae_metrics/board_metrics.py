@@ -18,7 +18,7 @@ FEWEST = 10  # firings from which a precision is believed; 0.95 of fewer is 1
 
 
 def f1(true_positives: Tensor, fired: Tensor, holds: Tensor) -> Tensor:
-    """Return 2 true positives / (fired + holds), the harmonic mean of precision and recall; 0 where nothing is."""
+    """2 true positives / (fired + holds), the harmonic mean of precision and recall; 0 where nothing is."""
     return 2 * true_positives / (fired + holds).clamp_min(1)
 
 
@@ -86,14 +86,14 @@ class BoardClassifiers:
     def f1(
         self, features: Float[Tensor, "n features"], properties: Bool[Tensor, "n properties"]
     ) -> Float[Tensor, " properties"]:
-        """Return for each property the F1 of its best classifier on these positions; coverage is their mean."""
+        """F1 of each property's best classifier on these positions; coverage is their mean."""
         _check(features, properties, self.lowest.shape)
         fires = features[:, self.best[:, 1]] > self._bounds()[self.best[:, 0], self.best[:, 1]]
         hits = (fires & properties).sum(0).double()
         return f1(hits, fires.sum(0).double(), properties.sum(0).double())
 
     def coverage(self, features: Float[Tensor, "n features"], properties: Bool[Tensor, "n properties"]) -> float:
-        """Return mean over properties of the F1 of the classifier chosen for it."""
+        """The mean over properties of the F1 of the classifier chosen for it."""
         return float(self.f1(features, properties).mean())
 
     def reconstruct(self, features: Float[Tensor, "n features"]) -> Bool[Tensor, "n properties"]:
@@ -109,7 +109,7 @@ class BoardClassifiers:
         return found
 
     def reconstruction(self, features: Float[Tensor, "n features"], properties: Bool[Tensor, "n properties"]) -> float:
-        """Return the mean over positions of the F1 of the board that `reconstruct` predicts."""
+        """The mean over positions of the F1 of the board that `reconstruct` predicts."""
         _check(features, properties, self.lowest.shape)
         return board_f1(self.reconstruct(features), properties)
 
@@ -118,7 +118,7 @@ class BoardClassifiers:
 
 
 def board_f1(predicted: Bool[Tensor, "n properties"], true: Bool[Tensor, "n properties"]) -> float:
-    """Return the mean over positions of the F1 of a predicted board; an empty board predicted empty counts as 1."""
+    """The mean over positions of the F1 of a predicted board; an empty board predicted empty counts as 1."""
     if predicted.shape != true.shape or predicted.dtype != torch.bool or true.dtype != torch.bool:
         raise ValueError(
             f"boards are bool (positions, properties) of one shape; got {predicted.dtype} {tuple(predicted.shape)} "

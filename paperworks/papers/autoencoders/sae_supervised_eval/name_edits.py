@@ -27,7 +27,7 @@ from paperworks.models import DecoderModel
 from paperworks.papers.circuits.ioi_circuit import ASK, FILLERS, NAMES, TIME
 from paperworks.testbeds.planted_features import settings
 
-STEPS = 3000
+STEPS = 2000
 SWAP = 2  # changes that exchange one code for another: one out, one in
 PLACES = (3, 7, 10)  # of the three names
 SITES = {
@@ -35,7 +35,7 @@ SITES = {
     "last word, after block 1": Site("blocks.1", -1),
 }
 SIZES = (NAMES, NAMES, 2)
-CHANGES = (1, 2, 4, 8, 16)
+CHANGES = (1, 2, 4)
 KINDS: dict[str, sae.SparseAutoencoderSpec] = {
     "L1, penalty 3": sae.Standard(latents=64, penalty=3.0, decoder="weighted"),
     "L1, penalty 1": sae.Standard(latents=64, penalty=1.0, decoder="weighted"),
@@ -60,7 +60,7 @@ class Sentences:
         return cls(torch.stack((answer, subject, first), dim=1), fillers)
 
     def with_other_answers(self, draws: torch.Generator) -> Sentences:
-        """Return the counterfactuals: another answer, which is not the subject; all else as it was."""
+        """The counterfactuals: another answer, which is not the subject; all else as it was."""
         answer, subject = self.attributes[:, 0], self.attributes[:, 1]
         # The other NAMES - 2 names, counted from the answer on without the subject.
         step = torch.randint(1, NAMES - 1, (len(answer),), generator=draws)
@@ -69,7 +69,7 @@ class Sentences:
 
     @property
     def tokens(self) -> Int[Tensor, "n time"]:
-        """Return what the model reads."""
+        """The tokens that the model reads."""
         answer, subject, first = self.attributes.unbind(dim=1)
         names = torch.stack((torch.where(first == 1, answer, subject), torch.where(first == 1, subject, answer)), dim=1)
         places = torch.tensor(PLACES).expand(len(answer), -1)
@@ -98,10 +98,10 @@ def _rows(model: DecoderModel, site: Site, sentences: Sentences) -> Float[Tensor
 
 
 def judge_site(lab: Lab, model: DecoderModel, site: Site) -> tuple[dict[str, Judged], float]:
-    """Return how every dictionary does, and the agreement without any edit."""
+    """Scores of every dictionary, and the agreement without any edit."""
     draws = torch.Generator().manual_seed(lab.seed + 11)
     shown = Sentences.draw(lab.pick(smoke=1200, small=20_000), draws)
-    tested = Sentences.draw(lab.pick(smoke=32, small=4000), draws)
+    tested = Sentences.draw(lab.pick(smoke=32, small=2000), draws)
     others = tested.with_other_answers(draws)
     rows, place = _rows(model, site, shown), Location(model, tested.tokens, site)
     x, target = place.read(), Location(model, others.tokens, site).read()

@@ -24,7 +24,7 @@ from paperworks.nn import Attention, GatedMLP, RMSNorm, RoPE
 
 LENGTH, BATCH = 64, 16
 TAP = "blocks.1"  # after the middle of four blocks
-LATENTS, STEPS, ROWS = 256, 2000, 512
+LATENTS, STEPS, ROWS = 256, 1000, 512
 K = 4  # latents on for an input
 
 
@@ -37,9 +37,8 @@ class Tuning:
     lora: bool = False
 
 
-# The base model has 800 steps at 3e-3. Fine-tuning is usually an eighth of that or less, at a tenth of the rate; the
-# last one is not: it has a third of the steps and of the rate.
-TUNINGS = {"full": Tuning(100, 3e-4), "LoRA": Tuning(100, 1e-3, lora=True), "full, hard": Tuning(250, 1e-3)}
+# The base model has 800 steps at 3e-3. Fine-tuning is usually an eighth of that or less, at a tenth of the rate.
+TUNINGS = {"full": Tuning(100, 3e-4), "LoRA": Tuning(100, 1e-3, lora=True)}
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,11 @@ class Corpora:
 
     @property
     def vocab_size(self) -> int:
-        """Return how many characters there are."""
+        """The number of different characters."""
         return self.plain.tokenizer.vocab_size
 
     def both(self, count: int, seed: int) -> list[Batch]:
-        """Return windows to train on, every second batch of dialogue."""
+        """Windows to train on, every second batch of dialogue."""
         parts = [
             text.train_windows(length=LENGTH, batch=BATCH, count=count // 2, seed=seed)
             for text in (self.plain, self.dialogue)
@@ -64,7 +63,7 @@ class Corpora:
         return [batch for pair in zip(*parts, strict=True) for batch in pair]
 
     def held_out(self, count: int) -> list[Batch]:
-        """Return `count` windows of each kind that nothing is trained on."""
+        """Windows, `count` of each kind that nothing is trained on."""
         return [
             batch
             for text in (self.plain, self.dialogue)
@@ -73,7 +72,7 @@ class Corpora:
 
 
 def corpora(most: int) -> Corpora:
-    """Return plays and word problems, and other problems as dialogue, at most so many characters of each.
+    """Plays and word problems, and other problems as dialogue, at most so many characters of each.
 
     Where the files are missing: Python's documentation, and dialogues made of it.
     """
@@ -105,7 +104,7 @@ def corpora(most: int) -> Corpora:
 
 
 def _spoken(answer: str) -> str:
-    """Return a solution without the marks that a calculator reads."""
+    """A solution without the marks that a calculator reads."""
     return re.sub(r"<<.*?>>", "", answer).replace("####", "The answer is")
 
 
@@ -196,13 +195,6 @@ def rows_of(lab: Lab, text: Corpora, model: DecoderModel) -> Rows:
     with lab.threads(1):
         rows = torch.cat(list(sae.Activations(model, TAP, inputs, longest=longest).rows()))
     return Rows(rows, (rows.shape[1] / float(rows.square().sum(dim=1).mean())) ** 0.5)
-
-
-def share_moved(lab: Lab, text: Corpora, base: DecoderModel, tuned: DecoderModel) -> float:
-    """Return the mean square by which tuning changed activations, as a share of the base model's variance."""
-    inputs = [batch["tokens"] for batch in text.held_out(lab.pick(smoke=2, small=128))]
-    before, after = (torch.cat(list(sae.Activations(model, TAP, inputs).rows())) for model in (base, tuned))
-    return float((after - before).square().sum() / (before - before.mean(dim=0)).square().sum())
 
 
 def fitted(

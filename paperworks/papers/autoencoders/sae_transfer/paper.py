@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from paperworks import train
-from paperworks.interpret import sae
 from paperworks.interpret.sae.evaluation.transfer import (
-    TransferTable,
-    decoder_cosines,
+    Transfer,
     gap_closed,
     random_rotation,
     rotate_autoencoder,
     rotate_stream,
     transfer_table,
 )
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
-from paperworks.models import DecoderModel
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict, Within
 from paperworks.papers.autoencoders.sae_transfer.dialogue_models import (
     STEPS,
     TAP,
     TUNINGS,
-    Corpora,
     K,
-    Models,
-    Rows,
     dialogue_models,
     fitted,
     rows_of,
-    share_moved,
 )
 
 paper = Paper(
@@ -49,212 +43,132 @@ paper = Paper(
     ),
     implements=(
         "paperworks.interpret.sae.evaluation.transfer.transfer_table",
-        "paperworks.interpret.sae.evaluation.transfer.decoder_cosines",
         "paperworks.interpret.sae.evaluation.transfer.rotate_stream",
         "paperworks.interpret.sae.evaluation.transfer.rotate_autoencoder",
+    ),
+    equation=r"\text{recovered} = \frac{\mathcal{L}(\bar x) - \mathcal{L}(\mathrm{SAE}(x))}"
+    r"{\mathcal{L}(\bar x) - \mathcal{L}(x)}, \qquad h \to Q h: \; W_\mathrm{enc} \to W_\mathrm{enc} Q^\top",
+    usage="""
+import torch
+from paperworks import train
+from paperworks.interpret import sae
+from paperworks.interpret.sae.evaluation.transfer import transfer_table
+from paperworks.testbeds.induction_model import repeated, untrained
+
+base, chat = untrained(seed=0), untrained(seed=1)  # any two models with one tap
+own = sae.TopK(latents=128, k=4).build(64)         # an autoencoder of the base's activations
+tokens = repeated(4, 12, 2, torch.Generator().manual_seed(0))
+batches = [{"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}]
+table = transfer_table({"base": base, "chat": chat}, {"own": own}, "blocks.0", batches, train.next_token_loss)
+for (autoencoder, model), cell in table.cells.items():
+    print(autoencoder, "on", model, "FVU", cell.fvu, "recovered", cell.recovered_over_mean)
+""",
+    notes=(
+        "A character model of four blocks and its descendants tuned to dialogue, instead of Mistral-7B and its chat "
+        "model. By FVU transfer is worse than by loss: on so small a model four latents explain 97%, so that what "
+        "moved is a large part of what is left. Zeros in the stream cost more than knowing nothing, so what is "
+        "recovered is told against the mean."
     ),
 )
 
 SHARE = 0.1  # of an autoencoder's steps, to fine-tune it
-USUAL = ("full", "LoRA")
-OTHERS = (2, 8)  # latents on, to see what the ratio depends on
 
 
 @dataclass(frozen=True)
-class Descent:
-    """What the base model's autoencoder does on one descendant, beside the descendant's own."""
+class Table:
+    """Cells of each autoencoder on each descendant, by name, those of the turned model, and what tuning did."""
 
-    table: TransferTable
-    closed: float  # share of the gap in FVU that fine-tuning the autoencoder closes; 1 where there is none
-    cosine: float  # of decoder rows before and after, mean
-    moved: float  # mean ||change of x||^2, as a share of the base activations' variance
-
-    def fvu(self, autoencoder: str, model: str = "tuned") -> float:
-        """Return one cell's FVU."""
-        return self.table.cells[autoencoder, model].fvu
-
-    def recovered(self, autoencoder: str, model: str = "tuned") -> float:
-        """Return one cell's share of the loss recovered, against the mean."""
-        return self.table.cells[autoencoder, model].recovered_over_mean
-
-    @property
-    def pair(self) -> tuple[float, float]:
-        """Return the FVU of the base's and of the descendant's own autoencoder on the descendant."""
-        return self.fvu("base"), self.fvu("own")
-
-    @property
-    def ratio(self) -> float:
-        """Return by how much the foreign FVU is larger than the own."""
-        return self.fvu("base") / self.fvu("own")
+    descendants: list[dict[str, Transfer]]
+    turned: dict[str, Transfer]
+    fallen: float  # least fall of the loss on dialogue by tuning
 
 
-def _pairs(lab: Lab, models: Models, base_rows: Rows, k: int) -> list[tuple[float, float]]:
-    """Return each usual descendant's `pair` for autoencoders with k latents on."""
-    steps, found = lab.pick(smoke=10, small=STEPS), []
-    ours = fitted(lab, base_rows, steps, lab.seed, f"autoencoder, base, k = {k}", k=k)
-    for index, name in enumerate(USUAL, 1):
+@cache
+def _table(lab: Lab, seed: int) -> Table:
+    """Train the models and the autoencoders of a seed, and measure each autoencoder on each model."""
+    there = copy.copy(lab)
+    there.seed = seed  # which models and text are drawn from
+    models = dialogue_models(there)
+    base, steps = models.by_name["base"], lab.pick(smoke=10, small=STEPS)
+    few = max(2, int(SHARE * steps))
+    held_out = models.text.held_out(lab.pick(smoke=2, small=64))
+    ours = fitted(there, rows_of(there, models.text, base), steps, seed, "autoencoder, base")
+    descendants = []
+    for index, name in enumerate(TUNINGS, 1):
         model = models.by_name[name]
-        own = fitted(lab, rows_of(lab, models.text, model), steps, lab.seed + index, f"{name}, k = {k}", k=k)
-        cells = _table(lab, models.text, {"tuned": model}, {"base": ours, "own": own}).cells
-        found.append((cells["base", "tuned"].fvu, cells["own", "tuned"].fvu))
-    return found
-
-
-def _table(
-    lab: Lab, text: Corpora, models: dict[str, DecoderModel], autoencoders: dict[str, sae.SparseAutoencoder]
-) -> TransferTable:
-    held_out = text.held_out(lab.pick(smoke=2, small=128))
-    with lab.threads(1), lab.progress("the table", len(models) * len(autoencoders)) as advance:
-        return transfer_table(models, autoencoders, TAP, held_out, train.next_token_loss, on_each=lambda: advance(1))
+        rows = rows_of(there, models.text, model)
+        known = {
+            "base": ours,
+            "own": fitted(there, rows, steps, seed + index, f"autoencoder, {name}"),
+            "fine-tuned": fitted(there, rows, few, seed, f"fine-tuned for {name}", start=ours),
+            "few steps": fitted(there, rows, few, seed + index, f"few steps, {name}"),
+        }
+        cells = transfer_table({"it": model}, known, TAP, held_out, train.next_token_loss).cells
+        descendants.append({key: cells[key, "it"] for key in known})
+    rotation = random_rotation(64, lab.generator(seed))
+    around = {"base": ours, "turned": rotate_autoencoder(ours, rotation)}
+    cells = transfer_table({"it": rotate_stream(base, rotation)}, around, TAP, held_out, train.next_token_loss).cells
+    fallen = min(models.losses["base"][1] - models.losses[name][1] for name in TUNINGS)
+    return Table(descendants, {key: cells[key, "it"] for key in around}, fallen)
 
 
 @paper.claim(
     "A base model's autoencoder serves its fine-tuned descendants, and a tenth of the training closes the gap",
     paper="Mistral-7B and Qwen1.5-0.5B: base autoencoders spliced into chat models cost about what the chat models' "
     "own do, Gemma's do not; fine-tuning on 5M activations matches 800M from scratch",
-    control="the same model with its residual stream turned by a random rotation, which computes the same",
+    control="the same autoencoder on the base model with its residual stream turned by a random rotation, which "
+    "computes the same; a tenth of the training from scratch",
 )
 def transfers_to_descendants(lab: Lab) -> Verdict:
-    """Fill the table of autoencoders and models, then fine-tune the base one for each descendant."""
-    models = dialogue_models(lab)
-    base = models.by_name["base"]
-    steps = lab.pick(smoke=10, small=STEPS)
-    few = max(2, int(SHARE * steps))
-    base_rows = rows_of(lab, models.text, base)
-    ours = fitted(lab, base_rows, steps, lab.seed, "autoencoder, base")
-    descents: dict[str, Descent] = {}
-    for index, name in enumerate(TUNINGS, 1):
-        rows = rows_of(lab, models.text, models.by_name[name])
-        tuned = fitted(lab, rows, few, lab.seed, f"fine-tuned for {name}", start=ours)
-        known = {
-            "base": ours,
-            "own": fitted(lab, rows, steps, lab.seed + index, f"autoencoder, {name}"),
-            "fine-tuned": tuned,
-            "few steps": fitted(lab, rows, few, lab.seed + index, f"few steps, {name}"),
-        }
-        table = _table(lab, models.text, {"base": base, "tuned": models.by_name[name]}, known)
-        foreign, own = (table.cells[key, "tuned"].fvu for key in ("base", "own"))
-        closed = gap_closed(foreign, table.cells["fine-tuned", "tuned"].fvu, own) if foreign > own else 1.0
-        moved = share_moved(lab, models.text, base, models.by_name[name])
-        descents[name] = Descent(table, closed, float(decoder_cosines(ours, tuned).mean()), moved)
-    sweep = {K: [descents[name].pair for name in USUAL]}
-    for k in lab.pick(smoke=OTHERS[:1], small=OTHERS):
-        sweep[k] = _pairs(lab, models, base_rows, k)
-    rotation = random_rotation(64, torch.Generator().manual_seed(lab.seed))
-    around = _table(
-        lab,
-        models.text,
-        {"base": base, "turned": rotate_stream(base, rotation)},
-        {"base": ours, "turned": rotate_autoencoder(ours, rotation)},
-    )
-    lab.table(
-        "Each autoencoder on each model",
-        ["descendant", "autoencoder", "model", "L0", "FVU", "loss", "loss spliced", "recovered, zeros", "and mean"],
-        [
-            [
-                *(descendant, autoencoder, model, cell.l0, cell.fvu, cell.spliced.clean, cell.spliced.spliced),
-                *(cell.spliced.recovered, cell.recovered_over_mean),
+    """Splice the base's, the descendants' own and the fine-tuned autoencoders into two descendants."""
+
+    def arm(key: str, *, turned: bool = False) -> Callable[[int], dict[str, float]]:
+        def run(seed: int) -> dict[str, float]:
+            with lab.threads(1):
+                table = _table(lab, seed)
+            cells = [table.turned[key] if turned else each[key] for each in table.descendants]
+            # Against the gap between the base's and the own autoencoder; 1 where there is none.
+            closed = [
+                gap_closed(each["base"].fvu, cell.fvu, each["own"].fvu) if each["base"].fvu > each["own"].fvu else 1.0
+                for each, cell in zip(table.descendants, cells, strict=True)
             ]
-            for descendant, table in [*((name, one.table) for name, one in descents.items()), ("turned", around)]
-            for (autoencoder, model), cell in table.cells.items()
+            return {
+                "loss recovered": min(cell.recovered_over_mean for cell in cells),
+                "FVU": max(cell.fvu for cell in cells),
+                "share of the gap closed": min(closed),
+                "fall of the loss on dialogue by tuning": table.fallen,
+            }
+
+        return run
+
+    ours, own, tuned = "base's autoencoder", "descendant's own", "base's, fine-tuned"
+    turned, scratch = "base's, on the turned model", "a tenth of the steps from scratch"
+    verdict = lab.compare(
+        arms={
+            ours: arm("base"),
+            own: arm("own"),
+            tuned: arm("fine-tuned"),
+            turned: arm("base", turned=True),
+            scratch: arm("few steps"),
+        },
+        main=Beats(ours, turned, on="loss recovered", by=0.4),
+        also=[
+            Within(ours, own, on="loss recovered", by=0.05, lower=False),
+            Within(ours, own, on="FVU", by_ratio=0.3, lower=True),
+            AtLeast(tuned, 0.7, on="share of the gap closed"),
+            Beats(tuned, scratch, on="FVU", lower=True),
+            AtMost(turned, 0.1, on="loss recovered"),
+            AtLeast(ours, 0.1, on="fall of the loss on dialogue by tuning"),
         ],
+        seeds=2,
+        note=f"One token a character, four blocks of 64 dimensions, after the second; TopK, {K} of 256 latents, "
+        f"{STEPS:,} steps. Descendants: all weights tuned, and a LoRA merged; numbers are those of the worse one. All "
+        "autoencoders see the same text, half plain and half dialogue, so that only the model differs. The first "
+        "position is left out and passes the splice. Recovered against the mean. The turned model is not lost "
+        "entirely, for of 256 latents in 64 dimensions some lie near any direction by chance.",
     )
-    _draw(lab, descents, around, sweep)
-    usual = [descents[name] for name in USUAL]
-    raw, turned, native = (around.cells[key] for key in (("base", "turned"), ("turned", "turned"), ("base", "base")))
-    fallen = [models.losses["base"][1] - models.losses[name][1] for name in TUNINGS]
-    return lab.judge(
-        checks={
-            "the base autoencoder recovers as much of a descendant's loss as its own, to 0.05": max(
-                one.recovered("own") - one.recovered("base") for one in usual
-            )
-            < 0.05,
-            "its FVU is below 1.3 times the descendant's own": max(one.ratio for one in usual) < 1.3,
-            "a tenth of the steps closes more than 70% of the gap": min(one.closed for one in usual) > 0.7,
-            "on the turned model its FVU is above 1": raw.fvu > 1,
-            "and it recovers less than 0.1": raw.recovered_over_mean < 0.1,
-            "turned likewise it is as good as it was, to 1e-3": abs(turned.fvu - native.fvu) < 1e-3
-            and abs(turned.spliced.recovered - native.spliced.recovered) < 1e-3,
-            "tuning changed the models: the loss on dialogue fell by more than 0.1": min(fallen) > 0.1,
-        },
-        measured={
-            "descendants": list(TUNINGS),
-            "FVU of base and own autoencoder": [[one.fvu("base"), one.fvu("own")] for one in descents.values()],
-            "ratio": [one.ratio for one in descents.values()],
-            "FVU of base and own with more or fewer latents on": [[k, *map(list, sweep[k])] for k in sorted(sweep)],
-            "share of the gap closed": [one.closed for one in descents.values()],
-            "loss recovered by base and own, against the mean": [
-                [one.recovered("base"), one.recovered("own")] for one in descents.values()
-            ],
-            "reconstructions too short by, base and own": [
-                [one.table.cells[key, "tuned"].scale for key in ("base", "own")] for one in descents.values()
-            ],
-            "cosine of decoder rows before and after fine-tuning, mean": [one.cosine for one in descents.values()],
-            "how far activations moved, share of their variance": [one.moved for one in descents.values()],
-            "loss on plain text and dialogue, base first": [list(one) for one in models.losses.values()],
-            "outlier positions, share": [one.table.outliers["tuned"].share for one in descents.values()],
-            "FVU of the descendant's autoencoder on the base, and of the base's": [
-                [one.fvu("own", "base"), one.fvu("base", "base")] for one in descents.values()
-            ],
-        },
-        control={
-            "on the turned model: FVU, recovered against the mean, against zeros": [
-                raw.fvu,
-                raw.recovered_over_mean,
-                raw.spliced.recovered,
-            ],
-            "turned likewise": [turned.fvu, turned.recovered_over_mean, turned.spliced.recovered],
-            "a tenth of the steps from scratch, FVU": [one.fvu("few steps") for one in descents.values()],
-        },
-        note=f"{models.text.words}; one token a character, four blocks of 64 dimensions, after the second. All "
-        f"autoencoders (TopK, {K} of 256 latents) see the same text, half plain and half dialogue, so that only "
-        "the model differs. The first position is left out and passes the splice. The checks are of the first two "
-        "descendants; the third is tuned as no chat model is (a third of the base model's steps at a third of its "
-        "rate). By FVU transfer is worse than by loss: a foreign autoencoder leaves half or more of the variance "
-        "that moved unexplained, whatever its own error, and on so small a model four latents explain 97%, so "
-        "that the ratio is large; with two latents it is smaller. The turned model is not lost entirely, for of 256 "
-        "latents in 64 dimensions some lie near any direction by chance. Zeros in the stream cost more than knowing "
-        "nothing, so what is recovered is told against the mean.",
-    )
-
-
-def _draw(
-    lab: Lab, descents: dict[str, Descent], around: TransferTable, sweep: dict[int, list[tuple[float, float]]]
-) -> None:
-    with lab.figure("transfer", figsize=(10.4, 3.5)) as figure:
-        left, middle, right = figure.subplots(1, 3, width_ratios=(5, 3, 4))
-        kinds = {"base model's": "base", "base's, fine-tuned": "fine-tuned", "its own": "own"}
-        for index, (label, key) in enumerate(kinds.items()):
-            places = [place + 0.26 * (index - 1) for place in range(len(descents))]
-            values = [one.fvu(key) for one in descents.values()]
-            left.bar(places, values, width=0.24, color=COLORS[index], label=label)
-        native = around.cells["base", "base"].fvu
-        left.axhline(native, color=CONTROL, linewidth=1, linestyle=":", label="on the base model")
-        left.set_xticks(range(len(descents)), [f"{name}\n{one.moved:.1%} moved" for name, one in descents.items()])
-        left.set_ylim(0, 1.55 * max(one.fvu("base") for one in descents.values()))
-        left.legend(loc="upper left", fontsize=8, ncols=2)
-        left.set_title("FVU on the descendant")
-        bars = {
-            "base": around.cells["base", "base"],
-            **{name: one.table.cells["base", "tuned"] for name, one in descents.items()},
-            "turned": around.cells["base", "turned"],
-            "turned,\nturned": around.cells["turned", "turned"],
-        }
-        for index, name in enumerate(USUAL):
-            ratios = [pairs[index][0] / pairs[index][1] for _, pairs in sorted(sweep.items())]
-            middle.plot(range(len(ratios)), ratios, marker="o", color=COLORS[3 + index], label=name)
-        middle.axhline(1.3, color=INK, linewidth=0.8, linestyle=":")
-        middle.set_xticks(range(len(sweep)), [str(k) for k in sorted(sweep)])
-        middle.set_xlabel("latents on")
-        middle.set_ylim(bottom=1)
-        middle.set_title("Base's FVU / own")
-        middle.legend(loc="upper left", fontsize=8)
-        colors = [COLORS[0]] * (1 + len(descents)) + [CONTROL] * 2
-        heights = [cell.recovered_over_mean for cell in bars.values()]
-        right.bar(range(len(bars)), heights, color=colors, width=0.6)
-        right.axhline(0, color=INK, linewidth=0.8)
-        right.set_xticks(range(len(bars)), [name.replace(", ", ",\n") for name in bars], fontsize=8)
-        right.set_title("Loss it recovers")
+    lab.points("loss recovered", name="transfer", title="Loss recovered, worse of two descendants")
+    return verdict
 
 
 @paper.claim(

@@ -36,7 +36,7 @@ class ToyModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(instances, 1, features))
 
     def forward(self, x: Float[Tensor, "instances batch features"]) -> Float[Tensor, "instances batch features"]:
-        """Return the reconstruction of every instance's batch."""
+        """The reconstruction of every instance's batch."""
         hidden = x @ self.weight.mT
         if self.rectifier == "hidden":
             hidden = hidden.relu()
@@ -55,7 +55,7 @@ class AbsoluteValueModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(instances, 1, features))
 
     def forward(self, x: Float[Tensor, "instances batch features"]) -> Float[Tensor, "instances batch features"]:
-        """Return the estimate of |x|."""
+        """The estimate of |x|."""
         hidden = (x @ self.read.mT).relu()
         return torch.baddbmm(self.bias, hidden, self.write.mT).relu()
 
@@ -105,12 +105,12 @@ def weighted_error(
     target: Float[Tensor, "instances batch features"],
     importance: Float[Tensor, "*instances features"],
 ) -> Float[Tensor, " instances"]:
-    """Return each instance's loss: the mean over the batch of sum_i I_i (x_i - x'_i)^2."""
+    """Each instance's loss: the mean over the batch of sum_i I_i (x_i - x'_i)^2."""
     return ((output - target).square().mean(dim=1) * importance).sum(dim=-1)
 
 
 def linear_optimum(importance: Float[Tensor, " features"], hidden: int) -> float:
-    """Return the least loss of the linear model on dense features: it keeps the `hidden` most important ones.
+    """The least loss of the linear model on dense features: it keeps the `hidden` most important ones.
 
     What is dropped is predicted by its mean, so each dropped feature costs I_i times the variance 1/12 of U[0, 1].
     """
@@ -118,25 +118,25 @@ def linear_optimum(importance: Float[Tensor, " features"], hidden: int) -> float
 
 
 def feature_norms(weight: Float[Tensor, "*instances hidden features"]) -> Float[Tensor, "*instances features"]:
-    """Return ||W_i||: near 1 where feature i is represented, near 0 where it is not."""
+    """||W_i||: near 1 where feature i is represented, near 0 where it is not."""
     return weight.norm(dim=-2)
 
 
 def _overlaps(weight: Float[Tensor, "*instances hidden features"]) -> Float[Tensor, "*instances features features"]:
-    """Return (unit W_i . W_j)^2 in row i, column j; a feature without a direction overlaps with nothing."""
+    """(unit W_i . W_j)^2 in row i, column j; a feature without a direction overlaps with nothing."""
     norms = weight.norm(dim=-2, keepdim=True)
     unit = weight / norms.clamp_min(torch.finfo(weight.dtype).tiny)
     return (unit.mT @ weight).square()
 
 
 def superposition(weight: Float[Tensor, "*instances hidden features"]) -> Float[Tensor, "*instances features"]:
-    """Return sum over j != i of (unit W_i . W_j)^2: how much other features are seen along feature i's direction."""
+    """Sum over j != i of (unit W_i . W_j)^2: how much other features are seen along feature i's direction."""
     overlaps = _overlaps(weight)
     return overlaps.sum(dim=-1) - overlaps.diagonal(dim1=-2, dim2=-1)
 
 
 def dimensionality(weight: Float[Tensor, "*instances hidden features"]) -> Float[Tensor, "*instances features"]:
-    """Return D_i = ||W_i||^2 / sum_j (unit W_i . W_j)^2: the share of a dimension that feature i has to itself.
+    """D_i = ||W_i||^2 / sum_j (unit W_i . W_j)^2: the share of a dimension that feature i has to itself.
 
     1 is a dimension of its own, 1/2 an antipodal pair, 2/5 a pentagon's corner; 0 for a feature not represented.
     """
@@ -146,12 +146,12 @@ def dimensionality(weight: Float[Tensor, "*instances hidden features"]) -> Float
 
 
 def dimensions_per_feature(weight: Float[Tensor, "*instances hidden features"]) -> Float[Tensor, "*instances"]:
-    """Return D* = m / ||W||_F^2: dimensions available for each feature the model represents."""
+    """D* = m / ||W||_F^2: dimensions available for each feature the model represents."""
     return weight.shape[-2] / weight.square().sum(dim=(-2, -1))
 
 
 def neighbour_angles(weight: Float[Tensor, "2 features"]) -> Float[Tensor, " features"]:
-    """Return the angles in degrees between neighbouring features around the plane; they add up to 360."""
+    """The angles in degrees between neighbouring features around the plane; they add up to 360."""
     if weight.ndim != 2 or weight.shape[0] != 2:
         raise ValueError(f"angles around a plane need a weight of shape (2, features), not {tuple(weight.shape)}")
     around = torch.atan2(weight[1], weight[0]).rad2deg().sort().values
@@ -159,6 +159,6 @@ def neighbour_angles(weight: Float[Tensor, "2 features"]) -> Float[Tensor, " fea
 
 
 def regular_polygon(corners: int) -> Float[Tensor, "2 corners"]:
-    """Return unit features at the corners of a regular polygon, which is how equal features share a plane."""
+    """Unit features at the corners of a regular polygon, which is how equal features share a plane."""
     turn = torch.arange(corners, dtype=torch.float64) * (2 * torch.pi / corners)
     return torch.stack([turn.cos(), turn.sin()])
