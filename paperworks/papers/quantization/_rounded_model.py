@@ -115,7 +115,7 @@ def bench(
     *,
     scored: int = 4,
     calibrated: int = 8,
-    length: int = 192,
+    length: int = 128,
     blocks: Iterable[int] | None = None,
     part: str = "*",
 ) -> Bench:

@@ -211,49 +211,23 @@ def rotary_rows_are_reordered(lab: Lab) -> Verdict:
 
 
 @paper.claim(
-    "A block takes the bytes of the specification",
-    paper="ggml-common.h: 34, 18, 20, 22 and 24 bytes for 32 values; 84, 110, 144, 176 and 210 for 256",
+    "Blocks take the bytes of the specification, and have the error of the reference quantizers on normal numbers",
+    paper="ggml-common.h: 34, 18, 20, 22 and 24 bytes for 32 values; 84, 110, 144, 176 and 210 for 256; "
+    "ggml-quants.c, quantize_row_*_ref: the reference quantizers, whose error was measured on normal numbers",
     kind="exact",
 )
-def block_sizes(lab: Lab) -> Verdict:
-    """Compare the table of formats, and the bytes that our writers make."""
+def sizes_and_errors_of_blocks(lab: Lab) -> Verdict:
+    """Count the bytes that our writers make, and measure the mean squared error of every type they write."""
     draws = lab.generator(lab.seed)
-    written = {
-        kind: ggml.encode(torch.randn(2, values, generator=draws), kind).shape[-1]
-        for kind, (_, values) in SIZES.items()
+    written = {kind: ggml.encode(torch.randn(2, n, generator=draws), kind).shape[-1] for kind, (_, n) in SIZES.items()}
+    x = torch.randn(lab.pick(smoke=128, small=1024), 1024, generator=draws)
+    errors = {
+        kind: (ggml.decode(ggml.encode(x, kind), kind).double() - x.double()).square().mean().item()
+        for kind in ggml.WRITABLE
     }
-    lab.table(
-        "Block formats",
-        ["type", "values", "bytes", "bits a value"],
-        [[kind, values, size, 8 * size / values] for kind, (size, values) in SIZES.items()],
-    )
-    return lab.judge(
-        checks={
-            "the table has the published sizes": all(
-                (ggml.BLOCKS[kind].bytes, ggml.BLOCKS[kind].values) == sizes for kind, sizes in SIZES.items()
-            ),
-            "what is written has them": all(size == SIZES[kind][0] for kind, size in written.items()),
-            "8.5 and 4.5 bits for Q8_0 and Q4_0": [ggml.BLOCKS[k].bits_per_value for k in ("Q8_0", "Q4_0")]
-            == [8.5, 4.5],
-        },
-        measured={f"bytes of {kind}": size for kind, size in written.items()},
-    )
-
-
-@paper.claim(
-    "On normal numbers the blocks have the error of the reference quantizers",
-    paper="ggml-quants.c, quantize_row_*_ref: the reference quantizers, whose error was measured on normal numbers",
-    kind="exact",
-)
-def errors_of_the_blocks(lab: Lab) -> Verdict:
-    """Measure the mean squared error of every type that is written here, and the rounding of plain types."""
-    x = torch.randn(lab.pick(smoke=128, small=1024), 1024, generator=lab.generator(lab.seed))
-    errors = {}
-    for kind in ggml.WRITABLE:
-        errors[kind] = (ggml.decode(ggml.encode(x, kind), kind).double() - x.double()).square().mean().item()
     close = lab.pick(smoke=0.05, small=0.01)
     lab.table(
-        "Mean squared error on numbers from N(0, 1)",
+        "Block formats: mean squared error on numbers from N(0, 1)",
         ["type", "bits a value", "measured", "reference"],
         [
             [kind, ggml.BLOCKS[kind].bits_per_value, error, KNOWN_ERRORS.get(kind, "-")]
@@ -264,6 +238,10 @@ def errors_of_the_blocks(lab: Lab) -> Verdict:
     k_quants = ["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"]
     return lab.judge(
         checks={
+            "the table has the published sizes": all(
+                (ggml.BLOCKS[kind].bytes, ggml.BLOCKS[kind].values) == sizes for kind, sizes in SIZES.items()
+            ),
+            "what is written has them": all(size == SIZES[kind][0] for kind, size in written.items()),
             "every error is that of the reference, to 1%": all(
                 abs(errors[kind] / known - 1) < close for kind, known in KNOWN_ERRORS.items()
             ),

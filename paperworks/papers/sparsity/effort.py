@@ -104,7 +104,7 @@ def a_quarter_suffices(lab: Lab) -> Verdict:
 )
 def half_the_effort_agrees(lab: Lab) -> Verdict:
     """Compare the most likely tokens of SmolLM2 with those at half and a quarter of the effort, on text."""
-    bed = bench(lab, scored=2, length=48)
+    bed = bench(lab, scored=2, length=32)
 
     def arm(format: WeightFormat, decoded: bool) -> Callable[[int], dict[str, float]]:
         @torch.no_grad()
