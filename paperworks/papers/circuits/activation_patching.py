@@ -57,6 +57,7 @@ for layer in (0, 10, 20, 29):
     print(f"after block {layer}: country {at_country:.2f}, last word {at_end:.2f}")
 """,
     notes="Prompts 'The capital of X is the city of' in SmolLM2; the papers use GPT-2 and many more prompts.",
+    budget_exception="Some 800 runs of SmolLM2 with one part replaced: 4 to 7 minutes.",
 )
 
 
