@@ -56,7 +56,10 @@ for layer in (0, 10, 20, 29):
     at_country, at_end = (patching.effect([Site(f"blocks.{layer}", position)]) for position in (3, -1))
     print(f"after block {layer}: country {at_country:.2f}, last word {at_end:.2f}")
 """,
-    notes="Prompts 'The capital of X is the city of' in SmolLM2; the papers use GPT-2 and many more prompts.",
+    notes="Prompts 'The capital of X is the city of' in SmolLM2; the papers use GPT-2 and many more prompts. "
+    "At the subject a single early feed-forward layer of SmolLM2 restores nearly all of the answer by itself, so a window "
+    "of five has nothing to add to it.",
+    budget_exception="Some 800 runs of SmolLM2 with one part replaced: 4 to 7 minutes.",
 )
 
 

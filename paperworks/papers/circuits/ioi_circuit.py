@@ -126,7 +126,7 @@ _TRAINED: dict[tuple[str, int], DecoderModel] = {}
 
 
 def trained(lab: Lab) -> DecoderModel:
-    """Return three layers of four heads, attention only, trained on sentences of all templates, once a seed."""
+    """Three layers of four heads, attention only, trained on sentences of all templates, once a seed."""
     key = (lab.scale, lab.seed)
     if key in _TRAINED:
         return _TRAINED[key]
@@ -156,7 +156,7 @@ def trained(lab: Lab) -> DecoderModel:
 
 
 def _sentences(lab: Lab, draw: int = 2) -> Prompts:
-    """Return sentences of eight templates, so that positions of a template mean the same."""
+    """Sentences of eight templates, so that positions of a template mean the same."""
     draws = torch.Generator().manual_seed(lab.seed + draw)
     templates = torch.rand(8, TIME - 1, generator=draws).argsort(1)[:, :3].sort(1).values
     return prompts(lab.pick(smoke=32, small=512), draws, templates=templates)

@@ -157,7 +157,7 @@ class Turns:
     black: Bool[Tensor, " n"]
 
     def labels(self, view: str) -> tuple[Tensor, Tensor]:
-        """Return the disc's label before and after in a view: mine (1) is black (1) where black is to move."""
+        """The disc's label before and after in a view: mine (1) is black (1) where black is to move."""
         source, target = self.source, self.target
         swapped = ~self.black & (view == "colour")
         return torch.where(swapped, target, source), torch.where(swapped, source, target)

@@ -21,6 +21,7 @@ from paperworks.interpret.circuits.patching import Metric, logit_difference
 from paperworks.lab import Lab
 from paperworks.models import Block, Decoder, DecoderModel
 from paperworks.nn import Attention, LearnedPositions, RMSNorm
+from paperworks.testbeds.training import fit
 
 Task = Literal["names", "colours"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -170,21 +171,12 @@ def trained(lab: Lab, seed: int, tasks: Sequence[Task] = TASKS) -> Trained:
             drawn = [prompts(task, _BATCH // len(tasks), draws) for task in tasks]
             yield torch.cat([each.tokens for each in drawn]), torch.cat([each.answer for each in drawn])
 
-    settings = train.Settings(
-        steps=most,
-        lr=3e-3,
-        schedule="constant",
-        optimizer=train.AdamW(weight_decay=0.3),  # strong: what serves both tasks costs less
-        seed=None,
-        save_every=None,
-        log_every=most,
-        progress=False,
-    )
-
     def learned(step: int) -> bool:
         return step % _LOOK == 0 and min(accuracy(model, each) for each in new) > 0.995
 
+    adam = train.AdamW(weight_decay=0.3)  # strong: what serves both tasks costs less
+    constant: dict[str, Any] = {"schedule": "constant", "optimizer": adam, "on_step": learned}
     with lab.threads(1):
-        report = train.fit(model, _loss, batches, settings, on_step=learned)
-    _TRAINED[key] = Trained(model.eval(), report.steps)
+        losses = fit(model, _loss, batches, steps=most, lr=3e-3, seed=seed, **constant)
+    _TRAINED[key] = Trained(model.eval(), len(losses))
     return _TRAINED[key]

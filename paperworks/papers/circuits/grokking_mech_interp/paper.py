@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +21,7 @@ from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.papers.circuits.grokking_mech_interp import fourier
 from paperworks.papers.training.grokking import OperandNetwork
 from paperworks.testbeds.algorithmic import Table, operation_table
+from paperworks.testbeds.training import fit
 
 paper = Paper(
     key="grokking-mech-interp",
@@ -119,18 +121,6 @@ def _train(lab: Lab, seed: int, weight_decay: float, steps: int | None = None) -
     shown[table.left, table.right] = True
     torch.manual_seed(seed)  # every run of a seed starts from the same weights
     run = Run(OperandNetwork(PRIME, WIDTH, HIDDEN), shown)
-    settings = train.Settings(
-        steps=limit,
-        lr=1e-3,
-        optimizer=train.AdamW(betas=(0.9, 0.98), weight_decay=weight_decay),
-        warmup=10,
-        schedule="constant",
-        clip=None,
-        seed=None,
-        save_every=None,
-        log_every=limit,
-        progress=False,
-    )
 
     def look(step: int) -> bool:
         if step % LOOK_EVERY:
@@ -138,8 +128,10 @@ def _train(lab: Lab, seed: int, weight_decay: float, steps: int | None = None) -
         run.note(step)
         return steps is None and fourier.accuracy_and_loss(run.logits[-1], ~shown)[0] > GENERALISED
 
+    adam = train.AdamW(betas=(0.9, 0.98), weight_decay=weight_decay)
+    constant: dict[str, Any] = {"schedule": "constant", "warmup": 10, "clip": None}
     with lab.threads(1):
-        train.fit(run.model, _loss, [table], settings, on_step=look)
+        fit(run.model, _loss, [table], steps=limit, lr=1e-3, seed=seed, optimizer=adam, on_step=look, **constant)
     _RUNS[known] = run
     return run
 

@@ -211,7 +211,7 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def _error_of_wrong_codes(model: nn.Sequential, x: Tensor) -> float:
-    """Return by how much the product of the layers misses f(x) when the two layers' codes are exchanged."""
+    """By how much the product of the layers misses f(x) when the two layers' codes are exchanged."""
     first, second = (value[0] > 0 for value in polytopes.pre_activations(model, x[None]).values())
     layers = _linears(model)
     output = layers[2](first * layers[1](second * layers[0](x)))

