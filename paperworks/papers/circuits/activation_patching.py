@@ -57,8 +57,8 @@ for layer in (0, 10, 20, 29):
     print(f"after block {layer}: country {at_country:.2f}, last word {at_end:.2f}")
 """,
     notes="Prompts 'The capital of X is the city of' in SmolLM2; the papers use GPT-2 and many more prompts. "
-    "At the subject a single early feed-forward layer of SmolLM2 restores nearly all of the answer by itself, so a window "
-    "of five has nothing to add to it.",
+    "At the subject the best window's layers restore as much one by one, 1.12 in sum, as together, 1.01: nearly all of "
+    "the answer either way.",
     budget_exception="Some 800 runs of SmolLM2 with one part replaced: 4 to 7 minutes.",
 )
 
