@@ -94,7 +94,7 @@ def layers_err_less(lab: Lab) -> Verdict:
         main=Beats(names[0], names[2], on=ENERGY, by_ratio=0.5, lower=True),
         also=[
             Beats(names[3], names[4], on=ENERGY, by_ratio=0.5, lower=True),
-            Within(names[0], names[1], on=ENERGY, by_ratio=0.25),
+            Within(names[0], names[1], on=ENERGY, by_ratio=0.25, lower=True),
         ],
         seeds=3,
         note=PROVENANCE + f"Four bits and a scale a row, where not said otherwise. All linear layers of blocks 0, 14 "
