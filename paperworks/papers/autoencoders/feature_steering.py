@@ -64,7 +64,7 @@ CONTEXT = activations.CONTEXT
 LATENTS = 1152  # twice the dimensions of SmolLM2
 MULTIPLES = (-1, 0, 1, 2, 5)  # of the largest activation seen
 TIMES_MEDIAN = 5  # activations longer than so many medians are attention sinks
-DRAWS = 2  # random directions, and other latents, that the effect is compared with
+DRAWS = 3  # random directions, and other latents, that the effect is compared with
 PROMPTS = (
     *("The weather in the mountains is", "My favourite meal is a bowl of", "Last summer we travelled by"),
     *("A computer follows instructions that", "Plants need water and", "She opened the door and found"),
@@ -104,7 +104,7 @@ class Steered:
 def _contexts(lab: Lab, model: DecoderModel, seed: int) -> tuple[Int[Tensor, "n time"], Int[Tensor, "n time"], str]:
     """Contexts of text as it is, and of other text of the same kind in capitals."""
     tokenizer: Any = model.tokenizer
-    text = scored_text(tokenizer, lab.pick(smoke=16, small=96) * CONTEXT)
+    text = scored_text(tokenizer, lab.pick(smoke=16, small=144) * CONTEXT)
     contexts = text.tokens.view(-1, CONTEXT)
     contexts = contexts[torch.randperm(len(contexts), generator=lab.generator(seed))]
     plain, others = contexts.chunk(2)
