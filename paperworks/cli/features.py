@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from paperworks.cli.options import parse
 from paperworks.cli.pages import render
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from paperworks.interpret.sae.evaluation.dashboard import FeatureView
 
@@ -61,13 +61,17 @@ def main(arguments: list[str]) -> int:
     batches = _batches(model.tokenizer, options)
     count = sum(batch.numel() for batch in batches)
     views = feature_views(model, tap, autoencoder, batches, options.features or None, most=options.most)
+    quality = sae.measure(autoencoder, activations(model, tap, batches))
     about = (
         f"{type(autoencoder.spec).__name__}, {autoencoder.latents:,} latents of {tap}; {len(views)} of them over "
-        f"{count:,} tokens of {options.text or 'the documentation of Python'}."
+        f"{count:,} tokens of {options.text or 'the documentation of Python'}. On these tokens the dictionary explains "
+        f"{quality.explained_variance:.0%} of the variance with {quality.l0:.3g} latents a token; "
+        f"{quality.dead:.0%} of the latents are never on."
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.writing_file(options.out) as path:
-        text = page(views, lambda token: model.tokenizer.decode([token]), f"Features of {options.model}", about)
+        names = {"model": options.model, "sae": str(options.sae), "tap": tap}
+        text = page(views, lambda token: model.tokenizer.decode([token]), f"Features of {options.model}", about, names)
         path.write_text(text, encoding="utf-8")
     print(f"written to {options.out}")
     return 0
@@ -86,18 +90,42 @@ def _batches(tokenizer: Any, options: Options) -> list[Tensor]:
     return list(torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH).split(BATCH))
 
 
-def page(views: Sequence[FeatureView], text_of: Callable[[int], str], title: str, about: str) -> str:
-    """The HTML: one file that needs no network."""
+def activations(model: nn.Module, tap: str, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What the autoencoder reads of some texts, (tokens, dim) a batch; the first token of each text left out."""
+    import torch
+
+    from paperworks.interpret import record
+
+    for batch in batches:
+        with torch.no_grad(), record(model, tap) as seen:
+            model(batch)
+        yield next(iter(seen.values()))[:, 1:].flatten(0, 1)
+
+
+def page(
+    views: Sequence[FeatureView], text_of: Callable[[int], str], title: str, about: str, names: Mapping[str, str]
+) -> str:
+    """The HTML: one file that needs no network.
+
+    Args:
+        views: the features.
+        text_of: the text of one token.
+        title, about: the heading and the line below it.
+        names: "model", "sae" and "tap" as given, for the lines that steer.
+    """
 
     def named(pairs: Sequence[tuple[int, float]]) -> list[list[object]]:
         return [[text_of(token), round(value, 4)] for token, value in pairs]
 
     data = {
+        "names": dict(names),
         "features": [
             {
                 "index": view.index,
                 "density": view.density,
                 "largest": view.largest,
+                "agreement": view.agreement,
+                "strong": view.strong,
                 "histogram": view.histogram,
                 "excerpts": [
                     {
@@ -112,6 +140,6 @@ def page(views: Sequence[FeatureView], text_of: Callable[[int], str], title: str
                 "neighbours": [[index, round(value, 3)] for index, value in view.neighbours],
             }
             for view in views
-        ]
+        ],
     }
     return render("features_page.html", title, about, data)

@@ -31,6 +31,8 @@ def page(view: PromptView, text_of: Callable[[int], str], title: str, about: str
         "lens": {
             "tokens": [[[text_of(token) for token in cell] for cell in row] for row in view.lens_tokens.tolist()],
             "probabilities": _rounded(view.lens_probabilities.tolist(), 4),
+            "answer": _rounded(view.answer_probabilities.tolist(), 4),
+            "ranks": view.answer_ranks.tolist(),
         },
         "patterns": {
             path: base64.b64encode(pattern.numpy().tobytes()).decode("ascii") for path, pattern in view.patterns.items()

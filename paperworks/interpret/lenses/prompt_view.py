@@ -1,4 +1,4 @@
-"""One prompt, looked at from all sides: logit lens, attention, direct logit attribution and neurons, in two passes."""
+"""One prompt, looked at from all sides: logit lens, attention, direct logit attribution and neurons."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class PromptView:
         tokens: the prompt.
         lens_tokens, lens_probabilities: (depth + 1, time, likeliest), the likeliest next tokens if the stream were read
             after so many blocks; the last row is what the model predicts.
+        answer_probabilities, answer_ranks: (depth + 1, time), of the token that the model predicts in the end, in each
+            of these readings; rank 1 is the likeliest.
         patterns: by path of the mixer, attention weights (heads, query, key) in 255ths of the largest of a row.
         components: the parts that write to the stream, heads apart ("blocks.3.mixer.heads.1", "blocks.3.feedforward").
         effects: (components, time), what each adds to the logit of the likeliest next token, above its mean over the
@@ -47,6 +49,8 @@ class PromptView:
     tokens: Int[Tensor, " time"]
     lens_tokens: Int[Tensor, "readings time likeliest"]
     lens_probabilities: Float[Tensor, "readings time likeliest"]
+    answer_probabilities: Float[Tensor, "readings time"]
+    answer_ranks: Int[Tensor, "readings time"]
     patterns: dict[str, UInt8[Tensor, "heads query key"]]
     components: tuple[str, ...]
     effects: Float[Tensor, "components time"]
@@ -69,9 +73,10 @@ def prompt_view(model: nn.Module, tokens: Int[Tensor, " time"]) -> PromptView:
     if getattr(getattr(model, "spec", None), "logit_soft_cap", None) is not None:
         raise ValueError("the model caps its logits with a tanh (logit_soft_cap), so they are no sum of parts")
     batch = tokens[None]
-    readings = logit_lens(model, batch, lambda logits: logits[0].float().softmax(-1).topk(LIKELIEST))
-    answers = readings[-1].indices[:, 0]
     where = residual_stream(model)
+    answers = model(batch)[0].argmax(-1)
+    readings = logit_lens(model, batch, lambda logits: _reading(logits[0].float().softmax(-1), answers))
+    lens_tokens, lens_probabilities, answer_probabilities, answer_ranks = map(torch.stack, zip(*readings, strict=True))
     modules = dict(model.named_modules())
     taps = [path for path in modules if path.endswith((".mixer.pattern", ".feedforward.hidden"))]
     with record(model, taps) if taps else record(model, where.start) as seen:
@@ -86,8 +91,10 @@ def prompt_view(model: nn.Module, tokens: Int[Tensor, " time"]) -> PromptView:
         names, effects = (*names, "norm.bias"), torch.cat((effects, (direction @ bias)[None]))
     return PromptView(
         tokens,
-        torch.stack([reading.indices for reading in readings]),
-        torch.stack([reading.values for reading in readings]),
+        lens_tokens,
+        lens_probabilities,
+        answer_probabilities,
+        answer_ranks,
         {path.removesuffix(".pattern"): _bytes(seen[path][0]) for path in taps if path.endswith(".pattern")},
         names,
         effects,
@@ -97,6 +104,15 @@ def prompt_view(model: nn.Module, tokens: Int[Tensor, " time"]) -> PromptView:
             _toward(linear, parts.final, direction),
         ),
     )
+
+
+def _reading(
+    shares: Float[Tensor, "time vocab"], answers: Int[Tensor, " time"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The likeliest tokens, their probabilities, and probability and rank of the answer at each position."""
+    likeliest = shares.topk(LIKELIEST)
+    answer = shares.gather(1, answers[:, None])
+    return likeliest.indices, likeliest.values, answer[:, 0], 1 + (shares > answer).sum(1)
 
 
 def _bytes(pattern: Float[Tensor, "heads query key"]) -> UInt8[Tensor, "heads query key"]:

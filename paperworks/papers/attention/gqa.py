@@ -161,7 +161,7 @@ def sizes_shrink(lab: Lab) -> Verdict:
 def uptraining_recovers(lab: Lab) -> Verdict:
     """Convert character models of 8 heads, train on for a tenth of the steps with the original recipe, and compare."""
     play()  # before the bars: it may have to be fetched
-    steps = lab.pick(smoke=4, small=400, large=4000)
+    steps = lab.pick(smoke=4, small=320, large=4000)
     extra = max(2, steps // 10)
     spec = character_llama(heads=HEADS, depth=lab.pick(smoke=1, small=2))
     original = cache(lambda seed: trained(lab, spec, steps, seed, "8 heads"))

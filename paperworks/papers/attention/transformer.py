@@ -205,7 +205,7 @@ def _right(model: Seq2SeqModel, count: int, draws: torch.Generator, *, blank: bo
 )
 def reverses_sentences(lab: Lab) -> Verdict:
     """Sentences of 3 to 6 of 20 words; width 64, 2 + 2 layers, the paper's optimizer, schedule and label smoothing."""
-    steps, judged = lab.pick(smoke=(3, 8), small=(900, 500))
+    steps, judged = lab.pick(smoke=(3, 8), small=(750, 500))
     spec = transformer(64, 2, 4, 256, WORDS + 3)
     encoder, decoder = spec.encoder, spec.decoder
     placeless = replace(spec, encoder=replace(encoder, position=None), decoder=replace(decoder, position=None))

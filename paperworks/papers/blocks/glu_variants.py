@@ -28,6 +28,7 @@ paper = Paper(
     ),
     implements=("paperworks.nn.feedforward.mlp.GatedMLP", "paperworks.nn.feedforward.mlp.gated_hidden"),
     equation=r"\operatorname{FFN}_{\operatorname{SwiGLU}}(x) = (\operatorname{Swish}_1(x W) \odot x V) W_2",
+    budget_exception="Three seeds take three and a half minutes on a machine that other runs share.",
     usage="""
 import torch
 from paperworks.nn import MLP, GatedMLP

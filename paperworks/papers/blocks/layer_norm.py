@@ -30,6 +30,8 @@ paper = Paper(
         r"h = f\left(\frac{g}{\sigma} \odot (a - \mu) + b\right), \; \mu = \tfrac{1}{H} \sum_i a_i, \; \sigma^2 = "
         r"\tfrac{1}{H} \sum_i (a_i - \mu)^2"
     ),
+    budget_exception="The LSTM with norms at each step has no fused kernel: three seeds took six minutes on a machine "
+    "that other runs shared.",
     usage="""
 import torch
 from paperworks.nn import LSTM, LayerNorm

@@ -234,7 +234,7 @@ def _draw_gradients(
         by_layer.legend()
 
 
-LAYERS, RATE, WARMUP = 12, 1e-3, 150
+LAYERS, RATE, WARMUP = 12, 1e-3, 120
 
 
 def _model(lab: Lab, arrangement: Arrangement) -> Decoder:
@@ -266,7 +266,7 @@ def _model(lab: Lab, arrangement: Arrangement) -> Decoder:
 def needs_no_warmup(lab: Lab) -> Verdict:
     """Train twelve layers on characters with a constant rate."""
     play()  # before the bars: it may have to be fetched
-    steps = lab.pick(smoke=2, small=450)
+    steps = lab.pick(smoke=2, small=360)
     rows = BATCH // 2
 
     def arm(arrangement: Arrangement, warmup: int) -> Callable[[int], dict[str, float | list[float]]]:

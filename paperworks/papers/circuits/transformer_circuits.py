@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from paperworks.interpret.circuits import circuits
-from paperworks.lab import Lab, Paper, Verdict
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.lab.figures import COLORS, CONTROL, INK
 from paperworks.models import DecoderModel
 from paperworks.testbeds import induction_model as small
@@ -31,6 +34,20 @@ paper = Paper(
         "paperworks.interpret.circuits.circuits.composition_scores",
         "paperworks.interpret.circuits.circuits.path_expansion",
     ),
+    equation=r"\text{logits} = x W_E W_U + \sum_h A^h x W_E W_{OV}^h W_U + "
+    r"\sum_{h_1, h_2} A^{h_2} A^{h_1} x W_E W_{OV}^{h_1} W_{OV}^{h_2} W_U",
+    usage="""
+from paperworks.interpret.circuits import circuits
+from paperworks.testbeds import induction_model
+
+model = induction_model.hand_set()                       # an induction circuit written into the weights
+tokens = induction_model.hand_sequences(4)
+paths = circuits.path_expansion(model, tokens)
+print(len(paths), "paths; they add up:", bool((sum(paths.values()) - model(tokens)).abs().max() < 1e-4))
+print("copying score of head 1.0:", circuits.copying_score(circuits.full_ov(model, 1, 0)))
+print("K-composition of 0.0 with 1.0:", float(circuits.composition_scores(model)["K"][0, 0]))
+""",
+    notes="The heads are those of a small model trained on repeated random tokens, not of the paper's models of text.",
 )
 
 
@@ -85,11 +102,16 @@ def _advantage(logits: Tensor, answer: Tensor) -> float:
     return (logits.gather(-1, answer)[..., 0] - logits.mean(-1)).mean().item()
 
 
-def _copying(model: DecoderModel) -> list[list[float]]:
-    return [
-        [circuits.copying_score(circuits.full_ov(model, layer, head)) for head in range(small.HEADS)]
-        for layer in range(len(model.blocks))
-    ]
+@cache
+def _trained(lab: Lab, seed: int) -> DecoderModel:
+    return small.induction_model(Lab(lab.scale, seed))
+
+
+def _induction_heads(model: DecoderModel) -> list[int]:
+    """Heads of the second layer with prefix matching above 0.3, or the strongest where there is none."""
+    prefix = small.head_marks(model)[0][1]
+    found = [head for head in range(small.HEADS) if prefix[head] > 0.3]
+    return found or [prefix.index(max(prefix))]
 
 
 @paper.claim(
@@ -99,26 +121,38 @@ def _copying(model: DecoderModel) -> list[list[float]]:
 )
 def induction_heads_copy(lab: Lab) -> Verdict:
     """Compare the copying scores of all heads before and after training on repeated tokens."""
-    model, before = small.training(lab).model, small.untrained(seed=lab.seed)
-    trained, fresh = _copying(model), _copying(before)
-    prefix, _ = small.head_marks(model)
-    induction = [head for head in range(small.HEADS) if prefix[1][head] > 0.3]
-    _draw_eigenvalues(lab, model, before)
-    scores = [trained[1][head] for head in induction]
-    largest_fresh = max(abs(score) for layer in fresh for score in layer)
-    return lab.judge(
-        checks={
-            "every induction head scores above 0.5": bool(scores) and min(scores) > 0.5,
-            "no head scores above 0.3 either way before training": largest_fresh < 0.3,
-            "no head of the first layer copies": max(trained[0]) < 0.3,
-        },
-        measured={
-            "induction heads": [f"1.{head}" for head in induction],
-            "their copying scores": scores,
-            "first layer": trained[0],
-        },
-        control={"before training, second layer": fresh[1], "largest of all": largest_fresh},
+
+    def arm(trained: bool) -> Callable[[int], dict[str, float]]:
+        def scores(seed: int) -> dict[str, float]:
+            model = _trained(lab, seed) if trained else small.untrained(seed=seed)
+            first, second = (
+                [circuits.copying_score(circuits.full_ov(model, layer, head)) for head in range(small.HEADS)]
+                for layer in (0, 1)
+            )
+            return {
+                "least copying score of the induction heads": min(
+                    second[head] for head in _induction_heads(_trained(lab, seed))
+                ),
+                "largest copying score, first layer": max(first),
+                "largest of all, absolute": max(abs(score) for score in first + second),
+            }
+
+        return scores
+
+    after, before = "trained", "before training"
+    verdict = lab.compare(
+        arms={after: arm(True), before: arm(False)},
+        main=Beats(after, before, on="least copying score of the induction heads", by=0.4),
+        also=[
+            AtLeast(after, 0.5, on="least copying score of the induction heads"),
+            AtMost(before, 0.3, on="largest of all, absolute"),
+            AtMost(after, 0.3, on="largest copying score, first layer"),
+        ],
+        seeds=3,
+        note="Two layers of four heads. The score is the sum of the eigenvalues' real parts over that of their sizes.",
     )
+    _draw_eigenvalues(lab, _trained(lab, lab.seed), small.untrained(seed=lab.seed))
+    return verdict
 
 
 def _draw_eigenvalues(lab: Lab, model: DecoderModel, before: DecoderModel) -> None:
@@ -144,53 +178,33 @@ def _draw_eigenvalues(lab: Lab, model: DecoderModel, before: DecoderModel) -> No
     "Previous-token heads feed the keys of induction heads: K-composition",
     paper="'Two-layer attention-only transformers': the induction heads' K-composition with a previous-token head "
     "stands out among all pairs",
-    control="Q- and V-composition of the same pair, and the model before training",
+    control="Q- and V-composition of the same heads, and the model before training",
 )
 def keys_compose(lab: Lab) -> Verdict:
-    """Measure Q-, K- and V-composition between the two layers, over chance."""
-    model = small.training(lab).model
-    scores = circuits.composition_scores(model, seed=lab.seed)
-    fresh = circuits.composition_scores(small.untrained(seed=lab.seed), seed=lab.seed)
-    _, previous = small.head_marks(model)
-    first, second = divmod(int(scores["K"].argmax()), small.HEADS)
-    best = {kind: values[first, second].item() for kind, values in scores.items()}
-    _draw_composition(lab, scores, previous[0])
-    looks_back = max(range(small.HEADS), key=lambda head: previous[0][head])
-    by_head = scores["K"].mean(1).tolist()
-    return lab.judge(
-        checks={
-            "the largest K-composition starts at a previous-token head": previous[0][first] > 0.2,
-            "its K exceeds its Q and V by more than 0.05": best["K"] - max(best["Q"], best["V"]) > 0.05,
-            "before training no pair is further than 0.05 from chance": max(
-                values.abs().max().item() for values in fresh.values()
-            )
-            < 0.05,
-        },
-        measured={
-            "largest pair": f"0.{first} to 1.{second}",
-            "its K": best["K"],
-            "attention to the token before, first layer": previous[0],
-            "strongest previous-token head": f"0.{looks_back}",
-            "mean K over second-layer heads": by_head,
-        },
-        control={
-            "its Q": best["Q"],
-            "its V": best["V"],
-            "largest before training": max(values.abs().max().item() for values in fresh.values()),
-        },
-        note="Scores over the mean of Gaussian factors of the same shapes.",
+    """Measure Q-, K- and V-composition of the strongest previous-token head with the induction heads, over chance."""
+
+    def arm(kind: circuits.Kind, *, trained: bool = True) -> Callable[[int], dict[str, float]]:
+        def composed(seed: int) -> dict[str, float]:
+            model = _trained(lab, seed)
+            previous = small.head_marks(model)[1][0]
+            first = previous.index(max(previous))
+            scores = circuits.composition_scores(model if trained else small.untrained(seed=seed), seed=seed)
+            return {
+                "composition over chance": scores[kind][first, _induction_heads(model)].mean().item(),
+                "attention of the first head to the token before": previous[first],
+            }
+
+        return composed
+
+    keys, queries, values, before = "keys", "queries", "values", "keys, before training"
+    on = "composition over chance"
+    verdict = lab.compare(
+        arms={keys: arm("K"), queries: arm("Q"), values: arm("V"), before: arm("K", trained=False)},
+        main=Beats(keys, queries, on=on, by=0.05),
+        also=[Beats(keys, values, on=on, by=0.05), Beats(keys, before, on=on, by=0.02)],
+        seeds=3,
+        note="Mean over the induction heads (prefix matching above 0.3); scores over the mean of Gaussian factors of "
+        "the same shapes.",
     )
-
-
-def _draw_composition(lab: Lab, scores: dict[circuits.Kind, Tensor], previous: list[float]) -> None:
-    limit = max(values.abs().max().item() for values in scores.values())
-    with lab.figure("composition", figsize=(8.8, 3.2)) as figure:
-        axes = figure.subplots(1, 3, sharey=True)
-        for place, (kind, values) in zip(axes, scores.items(), strict=True):
-            image = place.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-            place.set_xticks(range(small.HEADS), [f"1.{head}" for head in range(small.HEADS)])
-            place.set_yticks(range(small.HEADS), [f"0.{head} ({share:.0%})" for head, share in enumerate(previous)])
-            place.grid(False)
-            place.set_title(f"{kind}-composition", loc="center")
-        axes[0].set_ylabel("head (looks at the token before)")
-        figure.colorbar(image, ax=axes, label="over chance", fraction=0.03)
+    lab.points(on, name="composition", title="Composition of the previous-token head with the induction heads")
+    return verdict

@@ -107,6 +107,8 @@ def _layer(top: int) -> Any:
     """A layer whose gate has been drawn, not zero, without noise."""
     spec = Experts(expert=MLP(hidden=HIDDEN, activation="relu"), count=COUNT, top=top, router=NoisyTopKRouter())
     layer: Any = spec.build(DIM).double().eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)  # outputs near 1, on which a tolerance says something
     nn.init.normal_(layer.router.logits.weight)
     return layer
 

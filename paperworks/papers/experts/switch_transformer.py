@@ -34,6 +34,7 @@ paper = Paper(
         "paperworks.nn.feedforward.experts.mixture.Experts",
     ),
     equation=r"y = p_i(x) E_i(x), \; i = \arg\max_j p_j(x); \quad \ell = \alpha N \sum_i f_i P_i",
+    budget_exception="Nine trainings took four and a half minutes on a machine that five other runs shared.",
     usage="""
 import torch
 from paperworks.nn import MLP, Experts, TopKRouter, auxiliary

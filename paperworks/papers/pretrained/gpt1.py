@@ -145,7 +145,7 @@ def pretraining_helps(lab: Lab) -> Verdict:
     play()  # before the bars: it may have to be fetched
     inputs = TaskInputs.after(_spec(lab).vocab_size)
     labels, tested = lab.pick(smoke=(16, 16), small=(LABELS, 800))
-    epochs, steps = lab.pick(smoke=(1, 2), small=(6, 700), large=(6, 10_000))
+    epochs, steps = lab.pick(smoke=(1, 2), small=(6, 550), large=(6, 10_000))
 
     def batches(text: torch.Tensor, count: int, draws: torch.Generator) -> list[dict[str, torch.Tensor]]:
         texts, right = _passages(text, count, draws)

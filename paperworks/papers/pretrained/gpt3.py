@@ -171,7 +171,7 @@ PAIRS = 24
 )
 def learns_in_context(lab: Lab) -> Verdict:
     """Train on documents that each define a map from 16 keys to 16 values; ask maps that no document had."""
-    steps = lab.pick(smoke=(2, 2), small=(1100, 200), large=(20_000, 2000))
+    steps = lab.pick(smoke=(2, 2), small=(800, 200), large=(20_000, 2000))
     rows = lab.pick(smoke=100, small=1000)
 
     def arm(task: Callable[[int], RepeatedPairs], steps: int, width: int) -> Callable[[int], Metrics]:

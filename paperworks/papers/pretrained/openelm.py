@@ -118,7 +118,7 @@ def growing_learns_more(lab: Lab) -> Verdict:
     play()  # before the bars: it may have to be fetched
     scaled = _scaled()
     uniform = _uniform(scaled)
-    steps = lab.pick(smoke=2, small=350, large=6000)
+    steps = lab.pick(smoke=2, small=280, large=6000)
 
     def arm(spec: Decoder) -> Callable[[int], dict[str, float]]:
         return lambda seed: {

@@ -223,7 +223,7 @@ def fills_any_gaps(lab: Lab) -> Verdict:
         return {"total variation at gaps": _distance(model, puzzles), "gaps filled, valid": _infilled(model, puzzles)}
 
     def any_order(seed: int) -> dict[str, float]:
-        model = _trained(lab, 1.0, lab.pick(smoke=2, small=2400, large=40_000), seed)
+        model = _trained(lab, 1.0, lab.pick(smoke=2, small=2000, large=40_000), seed)
         with lab.threads(1):
             start, everything = torch.full((samples, 1), START), torch.arange(1, LENGTH + 1)
             filled = fill(model, start, torch.tensor([0]), everything, orders=8, seed=seed)
@@ -232,7 +232,7 @@ def fills_any_gaps(lab: Lab) -> Verdict:
             return at_gaps(model) | {"strings written, valid": float(valid), "rounds a letter": rounds / LENGTH}
 
     def left_to_right(seed: int) -> dict[str, float]:
-        model = _trained(lab, 0.0, lab.pick(smoke=2, small=800, large=10_000), seed)
+        model = _trained(lab, 0.0, lab.pick(smoke=2, small=700, large=10_000), seed)
         with lab.threads(1):
             return at_gaps(model) | {"strings written, valid": _written(model, samples), "rounds a letter": 1.0}
 

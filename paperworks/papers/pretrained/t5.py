@@ -177,7 +177,7 @@ def _shuffled(source: Tensor, draws: torch.Generator) -> Tensor:
 )
 def fills_spans_at_twice_the_length(lab: Lab) -> Verdict:
     """Characters of Shakespeare; width 96, 2 + 2 layers; trained on 128 characters, judged on 128 and 256."""
-    steps, judged = lab.pick(smoke=(2, 2), small=(350, 12))
+    steps, judged = lab.pick(smoke=(2, 2), small=(220, 12))
     text = play()
 
     def arm(spec: Seq2Seq) -> Callable[[int], dict[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from paperworks import train
 from paperworks.interpret.probing import ccs
 from paperworks.lab import Lab
+from paperworks.testbeds.training import fit
+from paperworks.train.objective import Loss
 
 EPOCHS = 1000  # the authors' code: AdamW at 1e-3, decay 0.01, every pair in every step, the best of 10 starts
 STARTS = 10
@@ -20,25 +24,16 @@ def fit_ccs(
     negative: Float[Tensor, "n dim"],
     seed: int,
     scaling: ccs.Scaling = "std",
-    epochs: int | None = None,
-    starts: int = STARTS,
+    loss: Loss = ccs.ccs_loss,
 ) -> ccs.ContrastProbe:
-    """Train probes on pairs as recorded and return the one with the least loss; its sign is free."""
+    """Train probes on pairs as recorded and choose the one with the least loss; its sign is free."""
     normalization = ccs.Normalization.of(positive, negative, scaling)
     pairs = tuple(side.float() for side in normalization(positive, negative))
     torch.manual_seed(seed)
-    probes = ccs.ConsistencyProbes(positive.shape[1], lab.pick(smoke=2, small=starts))
-    settings = train.Settings(
-        steps=lab.pick(smoke=5, small=epochs or EPOCHS),
-        lr=1e-3,
-        optimizer=train.AdamW(weight_decay=0.01),
-        schedule="constant",
-        warmup=0,
-        clip=None,  # a common norm would tie the starts together
-        seed=None,
-        save_every=None,
-        log_every=EPOCHS,
-        progress=False,
-    )
-    train.fit(probes, ccs.ccs_loss, [pairs], settings)
+    probes = ccs.ConsistencyProbes(positive.shape[1], lab.pick(smoke=2, small=STARTS))
+    steps = lab.pick(smoke=5, small=EPOCHS)
+    adam = train.AdamW(weight_decay=0.01)
+    constant: dict[str, Any] = {"schedule": "constant", "warmup": 0}
+    # A common norm for clipping would tie the starts together.
+    fit(probes, loss, [pairs], steps=steps, lr=1e-3, seed=seed, optimizer=adam, clip=None, **constant)
     return ccs.best_of(probes, normalization, positive, negative)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from paperworks.interpret.probing import ccs
 from paperworks.interpret.probing.ccs import ContrastProbe, Normalization, consistency_loss
 from paperworks.interpret.probing.probes import logistic, random_probe
-from paperworks.interpret.probing.separation import Estimate, wilson
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel
 from paperworks.papers.probing._consistency import fit_ccs
 from paperworks.papers.probing._planted_pairs import planted_pairs
 from paperworks.testbeds import statements
 from paperworks.testbeds.smollm2 import smollm2
+from paperworks.train.objective import Loss
 
 paper = Paper(
     key="ccs",
@@ -40,55 +39,94 @@ paper = Paper(
         "paperworks.interpret.probing.ccs.crc_tpc",
         "paperworks.interpret.probing.ccs.crc_two_means",
     ),
+    equation=r"L = \frac{1}{n} \sum_i \left(p(x_i^+) - (1 - p(x_i^-))\right)^2 + \min\left(p(x_i^+), p(x_i^-)\right)^2",
+    usage="""
+import torch
+from paperworks import train
+from paperworks.interpret.probing import ccs
+
+true = torch.randint(2, (300, 1)) * 2.0 - 1
+shift = true * torch.eye(16)[0] + 5 * torch.eye(16)[1]              # what is true, and the token of the answer
+positive, negative = (sign * shift + 0.5 * torch.randn(300, 16) for sign in (1, -1))
+normalization = ccs.Normalization.of(positive, negative)
+pairs = tuple(side.float() for side in normalization(positive, negative))
+probes = ccs.ConsistencyProbes(16)
+settings = train.Settings(steps=300, lr=3e-3, warmup=0, schedule="constant", clip=None, progress=False)
+train.fit(probes, ccs.ccs_loss, [pairs], settings)
+found = ccs.best_of(probes, normalization, positive, negative).score(positive, negative) > 0
+print("agrees with what is true:", float((found == (true[:, 0] > 0)).double().mean()), "or the opposite")
+""",
+    notes="The sign of what is found is free. SmolLM2-135M does not judge its own answers at the answer's token, so on "
+    "its states there is no truth to be found.",
 )
 
-EASY = ("cities", "animal_class", "element_symb")  # topics whose affirmative statements SmolLM2 can tell apart
-QUESTION = "Is the following statement true? {}\nAnswer:"
-PENALTY = 100.0  # of the supervised probe: as in the truth papers, for few pairs in 576 dimensions
+Sides = tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]
+LOUD = 2.5  # strength of the feature that each side has by itself; that of truth is 1
 
 
-def _right(scores: Float[Tensor, " n"], true: Bool[Tensor, " n"]) -> Estimate:
-    """Return the share right under the better sign, which is what a probe without labels can promise."""
-    hits = int(((scores > 0) == true).sum())
-    return wilson(max(hits, len(true) - hits), len(true))
+def _planted(lab: Lab, seed: int) -> tuple[Sides, Bool[Tensor, " n"]]:
+    """Pairs of a truth that turns round with the side, and a louder binary feature that each side has by itself."""
+    data, draws = planted_pairs(seed, lab.pick(smoke=60, small=500), truth=1.0, token=5.0), lab.generator(1000 + seed)
+    axis = functional.normalize(torch.randn(64, generator=draws, dtype=torch.float64), dim=0)
+    one, other = ((torch.rand(len(data.true), 1, generator=draws) < 0.5).double() * 2 - 1 for _ in range(2))
+    return (data.positive + LOUD * one * axis, data.negative + LOUD * other * axis), data.true
+
+
+def confidence_alone(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+    """The loss without its first term: of each pair one probability must be low, the other may be anything."""
+    return torch.minimum(model(pairs[0]), model(pairs[1])).square().mean(-1).sum()
+
+
+def consistency_alone(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
+    """The loss without its second term: the probabilities of a pair add up to one, and may both be a half."""
+    return (model(pairs[0]) - (1 - model(pairs[1]))).square().mean(-1).sum()
 
 
 @paper.claim(
-    "CCS finds a planted truth without labels, once each side of the pairs is normalised by itself",
-    paper="Section 2.2: normalise the representations of each class separately, or the probe learns the token",
-    control="the same pairs without normalisation",
+    "CCS finds a planted truth without labels, which principal component and clusters miss",
+    paper="Section 2.2: consistency and confidence, on representations of which each class is normalised by itself",
+    control="the principal component and the clusters of the same differences; CCS without normalisation, without "
+    "consistency and without confidence",
 )
 def finds_planted_truth(lab: Lab) -> Verdict:
-    """Search pairs whose strongest difference is the answer's token, with and without normalisation."""
-    seeds, epochs = lab.pick(smoke=1, small=5), 1000
-    right: dict[str, list[float]] = {"std": [], "mean": [], "none": []}
-    closed: dict[str, list[float]] = {"CRC-TPC": [], "2-means": []}
-    n = lab.pick(smoke=60, small=500)
-    with lab.threads(1):
-        for seed in lab.track(seeds, "planted pairs"):
-            for noise in (0.3, 1.0):
-                data = planted_pairs(lab.seed + seed, n, truth=1.0, token=5.0, noise=noise)
-                for scaling, found in right.items():
-                    probe = fit_ccs(lab, data.positive, data.negative, seed, scaling, epochs)  # type: ignore[arg-type]
-                    found.append(_right(probe.score(data.positive, data.negative), data.true).value)
-                for name, crc in (("CRC-TPC", ccs.crc_tpc), ("2-means", ccs.crc_two_means)):
-                    scores = crc(data.positive, data.negative).score(data.positive, data.negative)
-                    closed[name].append(_right(scores, data.true).value)
-    return lab.judge(
-        checks={
-            "more than 95% right in every draw": min(right["std"]) > 0.95,
-            "less than 70% without normalisation": max(right["none"]) < 0.7,
+    """Search pairs in which a feature that has nothing to do with the other side is louder than truth."""
+
+    def arm(search: Callable[[Sides, int], ContrastProbe]) -> Callable[[int], dict[str, float]]:
+        def right(seed: int) -> dict[str, float]:
+            sides, true = _planted(lab, seed)
+            with lab.threads(1):
+                share = float(((search(sides, seed).score(*sides) > 0) == true).double().mean())
+            return {"right, better sign": max(share, 1 - share)}
+
+        return right
+
+    def consistent(scaling: ccs.Scaling = "std", loss: Loss = ccs.ccs_loss) -> Callable[[int], dict[str, float]]:
+        return arm(lambda sides, seed: fit_ccs(lab, *sides, seed, scaling, loss))
+
+    ours, component, means, on = "CCS", "CRC-TPC", "2-means", "right, better sign"
+    raw, unsure, inconsistent = "CCS, not normalised", "CCS without confidence", "CCS without consistency"
+    verdict = lab.compare(
+        arms={
+            ours: consistent(),
+            raw: consistent("none"),
+            unsure: consistent(loss=consistency_alone),
+            inconsistent: consistent(loss=confidence_alone),
+            component: arm(lambda sides, seed: ccs.crc_tpc(*sides)),
+            means: arm(lambda sides, seed: ccs.crc_two_means(*sides)),
         },
-        measured={
-            "right, least of all draws": min(right["std"]),
-            "right with means subtracted only, least": min(right["mean"]),
-            **{f"{name}, least": min(values) for name, values in closed.items()},
-            "draws": len(right["std"]),
-            "pairs in each": n,
-        },
-        control={"without normalisation, most": max(right["none"]), "without normalisation": right["none"]},
-        note="Pairs base +- (1 truth + 5 token) + noise in 64 dimensions, noise 0.3 and 1; under the better sign.",
+        main=Beats(ours, component, on=on, by=0.15),
+        also=[
+            AtLeast(ours, 0.95, on=on),
+            *(Beats(ours, other, on=on, by=0.1) for other in (means, raw, unsure, inconsistent)),
+        ],
+        seeds=5,
+        note="Pairs base +- (truth + 5 token) + noise 0.3 in 64 dimensions, and a binary feature of strength "
+        f"{LOUD:g} drawn for each side. The principal component of the differences follows that feature. Where CCS "
+        "without consistency does as well, that is because 1,000 steps from a small start do not reach its trivial "
+        "solution, p = 0 for all.",
     )
+    lab.points(on, name="planted", title="Right about a planted truth")
+    return verdict
 
 
 @paper.claim(
@@ -123,178 +161,100 @@ def loss_is_exact(lab: Lab) -> Verdict:
     )
 
 
-@dataclass(frozen=True)
-class Answered:
-    """One topic's statements: the states after "Yes" and after "No" by layer, truth, and the model's own log-odds."""
-
-    yes: Float[Tensor, "layers n dim"]
-    no: Float[Tensor, "layers n dim"]
-    true: Bool[Tensor, " n"]
-    own: Float[Tensor, " n"]
-    known: Bool[Tensor, " n"]  # which pairs are searched; the others are scored
+TOPICS = ("cities", "animal_class")  # whose affirmative statements SmolLM2 can tell apart
+QUESTION = "Is the following statement true? {}\nAnswer:"
+PENALTY = 100.0  # of the supervised probe: as in the truth papers, for few pairs in 576 dimensions
+Search = Callable[[Lab, Sides, Bool[Tensor, " n"], int], ContrastProbe]
 
 
-def _answered(lab: Lab, model: DecoderModel, topic: str, layers: Sequence[int]) -> Answered:
-    part = statements.paired(topic, lab.pick(smoke=12, small=70), lab.seed)[0]
-    questions = [QUESTION.format(text) for text in part.texts]
-    yes, no = (
-        statements.last_states(lab, model, [question + answer for question in questions], layers, f"{topic},{answer}")
-        for answer in (" Yes", " No")
-    )
-    known = torch.arange(len(part)) % 2 == 0  # rows come true first, then false: both halves are balanced
-    return Answered(yes, no, part.true, _zero_shot(lab, model, questions), known)
+def _supervised(lab: Lab, sides: Sides, true: Bool[Tensor, " n"], seed: int) -> ContrastProbe:
+    """Logistic regression on the differences of normalised sides."""
+    normalization = Normalization.of(*sides)
+    one, other = normalization(*sides)
+    return ContrastProbe(logistic(one - other, true, penalty=PENALTY).direction, normalization, squash=False)
 
 
-@torch.no_grad()
-def _zero_shot(lab: Lab, model: DecoderModel, questions: Sequence[str]) -> Float[Tensor, " n"]:
-    """Return log p(" Yes") - log p(" No") after each question."""
-    tokenizer: Any = model.tokenizer
-    yes, no = (tokenizer.encode(answer)[0] for answer in (" Yes", " No"))
-    last = model.spec.depth - 1
-    states = statements.last_states(lab, model, questions, [last], "the model's own answers")[0]
-    assert model.norm is not None
-    logits = model.logits(model.norm(states.to(model.device)))
-    return (logits[:, yes] - logits[:, no]).double().cpu()
+def _random(lab: Lab, sides: Sides, true: Bool[Tensor, " n"], seed: int) -> ContrastProbe:
+    return ContrastProbe(random_probe(sides[0].shape[1], seed).direction, Normalization.of(*sides), squash=False)
+
+
+SEARCHES: dict[str, Search] = {
+    "CCS": lambda lab, sides, true, seed: fit_ccs(lab, *sides, seed),
+    "CRC-TPC": lambda lab, sides, true, seed: ccs.crc_tpc(*sides),
+    "2-means": lambda lab, sides, true, seed: ccs.crc_two_means(*sides),
+    "supervised": _supervised,
+    "random direction": _random,
+}
 
 
 @paper.claim(
     "CCS reads from SmolLM2, without labels, whether easy statements are true",
     paper="Table 1: CCS is 4 points above zero-shot accuracy, on average of 6 models and 10 data sets",
     control="random directions on the same normalised pairs, and the model's own answer",
+    reach="real",
 )
 def reads_smollm2(lab: Lab) -> Verdict:
     """Search each topic by itself, as the paper does with its data sets, and score the pairs held out."""
-    model = smollm2(lab, smoke_depth=statements.depth(lab))
-    layers = lab.pick(smoke=(1, 2), small=(5, 11, 17, 23, 29))
-    topics = {topic: _answered(lab, model, topic, layers) for topic in lab.pick(smoke=EASY[:1], small=EASY)}
-    found: dict[str, dict[int, Estimate]] = {name: {} for name in SEARCHES}
-    band: dict[int, list[float]] = {}
-    for place, layer in enumerate(lab.track(layers, "probes")):
-        for name, search in SEARCHES.items():
-            found[name][layer] = _pooled([_hits(lab, search, part, place) for part in topics.values()])
-        band[layer] = _random_band(lab, list(topics.values()), place)
-    # Where it says Yes to everything, its own median is the fairer threshold: the paper's calibrated zero-shot.
-    held = [(part.own[~part.known], part.true[~part.known], part.own[part.known].median()) for part in topics.values()]
-    answers = _pooled([(own > 0) == true for own, true, _ in held])
-    calibrated = _pooled([(own > median) == true for own, true, median in held])
-    _draw(lab, layers, found, band, calibrated)
-    middle = layers[len(layers) // 2]
-    ours = found["CCS"][middle]
-    lab.table(
-        f"Share right on {ours.n} held-out pairs (seed {lab.seed}; 95% intervals)",
-        ["block", *found, "random directions, 5% to 95%"],
-        [
-            [
-                layer + 1,
-                *(f"{by[layer].value:.3f} [{by[layer].low:.3f}, {by[layer].high:.3f}]" for by in found.values()),
-                f"{band[layer][0]:.3f} to {band[layer][1]:.3f}",
-            ]
-            for layer in layers
-        ],
-    )
-    return lab.judge(
-        checks={
-            "above 95% of random directions, after the middle block": ours.value > band[middle][1],
-            "above the model's own answers, calibrated": ours.value > calibrated.value,
-            "the supervised probe is above chance (95%)": found["supervised"][middle].low > 0.5,
-        },
-        measured={
-            "CCS, middle block": str(ours),
-            "CCS by block": [round(estimate.value, 3) for estimate in found["CCS"].values()],
-            "CRC-TPC, middle block": str(found["CRC-TPC"][middle]),
-            "2-means, middle block": str(found["2-means"][middle]),
-            "supervised, middle block": str(found["supervised"][middle]),
-            "supervised by block": [round(estimate.value, 3) for estimate in found["supervised"].values()],
-            "blocks, counted from 1": [layer + 1 for layer in layers],
-            "seed": lab.seed,
-        },
-        control={
-            "random directions, 5% to 95%, middle block": band[middle],
-            "the model's own answers": str(answers),
-            "the model's own answers, calibrated": str(calibrated),
-        },
-        note="Cities, animals and elements, each searched alone: asked in one template and answered Yes and No; half "
-        "of the pairs to search, half to score. The sign comes from the labels of the searched half, for random "
+    model = smollm2(lab, smoke_depth=2)
+    layer = lab.pick(smoke=1, small=17)
+    read: dict[tuple[int, str], tuple[Sides, Bool[Tensor, " n"], list[str]]] = {}
+
+    def answered(seed: int, topic: str) -> tuple[Sides, Bool[Tensor, " n"], list[str]]:
+        """States after Yes and after No, truth, and the questions."""
+        if (seed, topic) not in read:
+            part = statements.paired(topic, lab.pick(smoke=12, small=48), seed)[0]
+            questions = [QUESTION.format(text) for text in part.texts]
+            yes, no = (
+                statements.last_states(lab, model, [text + answer for text in questions], [layer], topic)[0]
+                for answer in (" Yes", " No")
+            )
+            read[seed, topic] = (yes, no), part.true, questions
+        return read[seed, topic]
+
+    def arm(search: Search) -> Callable[[int], dict[str, float]]:
+        def right(seed: int) -> dict[str, float]:
+            hits = []
+            for topic in TOPICS:
+                (yes, no), true, _ = answered(seed, topic)
+                known = torch.arange(len(true)) % 2 == 0  # rows come true first: both halves are balanced
+                searched, held = (yes[known], no[known]), (yes[~known], no[~known])
+                probe = search(lab, searched, true[known], seed).signed_by(*searched, true[known])
+                hits.append((probe.score(*held) > 0) == true[~known])
+            return {"held-out pairs right": float(torch.cat(hits).double().mean())}
+
+        return right
+
+    def own(seed: int) -> dict[str, float]:
+        """The model's own answers, calibrated: its median log-odds is the threshold, as it says Yes to most."""
+        hits = []
+        for topic in TOPICS:
+            _, true, questions = answered(seed, topic)
+            known = torch.arange(len(true)) % 2 == 0
+            odds = _log_odds(lab, model, questions)
+            hits.append((odds[~known] > odds[known].median()) == true[~known])
+        return {"held-out pairs right": float(torch.cat(hits).double().mean())}
+
+    ours, random, answers, on = "CCS", "random direction", "the model's own answers", "held-out pairs right"
+    verdict = lab.compare(
+        arms={**{name: arm(search) for name, search in SEARCHES.items()}, answers: own},
+        main=Beats(ours, random, on=on, by=0.1),
+        also=[Beats(ours, answers, on=on, by=0.04), AtLeast("supervised", 0.6, on=on)],
+        seeds=3,
+        note="Cities and animals, each searched alone, after block 18: asked in one template and answered Yes and No; "
+        "half of 48 pairs to search, half to score. The sign comes from the labels of the searched half, for random "
         "directions too. Where it does not hold, the supervised probe says why: a model of 135M parameters does not "
         "judge its answer at the answer's token, so there is no truth there to be found.",
     )
+    lab.points(on, name="smollm2", title="Truth of easy statements")
+    return verdict
 
 
-Search = Callable[[Lab, Tensor, Tensor, Tensor], ContrastProbe]
-
-
-def _supervised(lab: Lab, positive: Tensor, negative: Tensor, true: Bool[Tensor, " n"]) -> ContrastProbe:
-    """Logistic regression on the differences of normalised sides."""
-    normalization = Normalization.of(positive, negative)
-    one, other = normalization(positive, negative)
-    return ContrastProbe(logistic(one - other, true, penalty=PENALTY).direction, normalization, squash=False)
-
-
-SEARCHES: dict[str, Search] = {
-    "CCS": lambda lab, positive, negative, true: fit_ccs(lab, positive, negative, lab.seed),
-    "CRC-TPC": lambda lab, positive, negative, true: ccs.crc_tpc(positive, negative),
-    "2-means": lambda lab, positive, negative, true: ccs.crc_two_means(positive, negative),
-    "supervised": _supervised,
-}
-
-
-def _hits(lab: Lab, search: Search, part: Answered, place: int) -> Bool[Tensor, " held_out"]:
-    """Search one half of a topic's pairs after one block; return which of the other half are read right."""
-    known = part.known
-    searched = (part.yes[place][known], part.no[place][known])
-    probe = search(lab, *searched, part.true[known]).signed_by(*searched, part.true[known])
-    return (probe.score(part.yes[place][~known], part.no[place][~known]) > 0) == part.true[~known]
-
-
-def _pooled(hits: list[Bool[Tensor, " n"]]) -> Estimate:
-    joined = torch.cat(hits)
-    return wilson(int(joined.sum()), len(joined))
-
-
-def _random_band(lab: Lab, topics: list[Answered], place: int) -> list[float]:
-    """Return the 5% and 95% quantiles of the share right of random directions."""
-
-    def drawn(seed: int) -> Search:
-        def search(lab: Lab, positive: Tensor, negative: Tensor, true: Tensor) -> ContrastProbe:
-            direction = random_probe(positive.shape[1], seed).direction
-            return ContrastProbe(direction, Normalization.of(positive, negative), squash=False)
-
-        return search
-
-    shares = [
-        _pooled([_hits(lab, drawn(lab.seed + draw), part, place) for part in topics]).value
-        for draw in range(lab.pick(smoke=20, small=200))
-    ]
-    ends = torch.tensor(shares, dtype=torch.float64).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64))
-    return [float(end) for end in ends]
-
-
-def _draw(
-    lab: Lab,
-    layers: Sequence[int],
-    found: dict[str, dict[int, Estimate]],
-    band: dict[int, list[float]],
-    calibrated: Estimate,
-) -> None:
-    blocks = [layer + 1 for layer in layers]
-    with lab.figure("layers", figsize=(8.4, 3.8)) as figure:
-        axes = figure.subplots()
-        axes.fill_between(
-            blocks,
-            [band[layer][0] for layer in layers],
-            [band[layer][1] for layer in layers],
-            color=CONTROL,
-            alpha=0.3,
-            linewidth=0,
-            label="random directions, 5% to 95%",
-        )
-        for color, (name, by) in zip(COLORS, found.items(), strict=False):
-            style = "--" if name == "supervised" else "-"
-            axes.plot(blocks, [by[layer].value for layer in layers], style, color=color, marker="o", ms=4, label=name)
-        axes.axhline(calibrated.value, color=CONTROL, linestyle=":", label="the model's own answer, calibrated")
-        axes.set_xlabel("block of SmolLM2")
-        axes.set_ylabel("held-out pairs read right")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_ylim(0.4, 0.92)
-        axes.set_title("Truth of easy statements, read from pairs of answers")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+@torch.no_grad()
+def _log_odds(lab: Lab, model: DecoderModel, questions: list[str]) -> Float[Tensor, " n"]:
+    """log p(" Yes") - log p(" No") after each question."""
+    tokenizer: Any = model.tokenizer
+    yes, no = (tokenizer.encode(answer)[0] for answer in (" Yes", " No"))
+    states = statements.last_states(lab, model, questions, [model.spec.depth - 1], "the model's own answers")[0]
+    assert model.norm is not None
+    logits = model.logits(model.norm(states.to(model.device)))
+    return (logits[:, yes] - logits[:, no]).double().cpu()

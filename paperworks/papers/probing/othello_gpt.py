@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from paperworks import train
 from paperworks.interpret import edit
 from paperworks.interpret.probing.board_probes import BoardProbe, fit_board
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, FAINT, INK
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel
 from paperworks.testbeds.othello import EMPTY, MINE, YOURS, Othello
 from paperworks.testbeds.othello_model import (
@@ -46,145 +45,95 @@ paper = Paper(
         "paperworks.testbeds.othello.Positions",
         "paperworks.interpret.probing.board_probes.fit_board",
     ),
+    equation=r"p(\text{mine, yours or empty on square } s) = \operatorname{softmax}(W_s x + b_s), \qquad "
+    r"x' = x + \alpha\, (w_{s,\text{yours}} - w_{s,\text{mine}})",
+    usage="""
+import torch
+from paperworks.interpret.probing.board_probes import fit_board
+from paperworks.testbeds.othello import Othello
+
+board = Othello(6)
+positions = board.replay(board.random_games(200, seed=0))[:, 10]      # after the eleventh move
+mine = positions.board("mover")                                       # 0 empty, 1 mine, 2 yours on every square
+states = torch.nn.functional.one_hot(mine, 3).flatten(1).float()      # stands in for a model's states
+probe = fit_board(states[:150], mine[:150])
+print("squares read right:", float((probe.predict(states[150:]) == mine[150:]).float().mean()))
+print("legal moves of the first position:", int(positions.legal()[0].sum()))
+""",
+    notes="A 6 x 6 board, the first 16 moves and four blocks; the papers play whole games of 8 x 8 with eight.",
+    budget_exception="A model is trained on 128,000 games for each of two seeds: about 5 minutes.",
 )
 
-VIEWS = ("mover", "colour")
+View = Literal["mover", "colour"]
+VIEWS: tuple[View, ...] = ("mover", "colour")
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0)  # log-odds of the turned disc after an edit, in units of their usual size
-HIDDEN = 256  # of the nonlinear probe
 
 
-def _parts(lab: Lab, model: DecoderModel) -> tuple[Read, Read]:
-    """Read games for the probes, and other games to judge them on."""
-    fitted, judged = lab.pick(smoke=(24, 24), small=(1500, 800), large=(2000, 1000))
-    board = rules(lab)
-    return (
-        read(model, board, draw_games(lab, "probe", fitted, lab.seed + 2)),
-        read(model, board, draw_games(lab, "judge", judged, lab.seed + 3)),
-    )
+_PARTS: dict[tuple[str, int, bool], tuple[DecoderModel, Read, Read]] = {}  # both claims look at the same model
 
 
-def _linear(lab: Lab, seen: Read, view: str) -> list[BoardProbe]:
-    """Fit the probes of every block."""
-    labels = seen.positions.board(view)  # type: ignore[arg-type]
+def _parts(lab: Lab, seed: int, *, learned: bool = True) -> tuple[DecoderModel, Read, Read]:
+    """A model, its reading of games for the probes, and of other games to judge them on."""
+    key = (lab.scale, seed, learned)
+    if key not in _PARTS:
+        own = Lab(lab.scale, seed, lab.device)
+        model, board = trained(own) if learned else untrained(own), rules(lab)
+        fitted, judged = lab.pick(smoke=(24, 24), small=(1000, 500), large=(2000, 1000))
+        _PARTS[key] = (
+            model,
+            read(model, board, draw_games(own, "probe", fitted, seed + 2)),
+            read(model, board, draw_games(own, "judge", judged, seed + 3)),
+        )
+    return _PARTS[key]
+
+
+def _linear(lab: Lab, seen: Read, view: View) -> list[BoardProbe]:
+    """The probes of every block."""
+    labels = seen.positions.board(view)
     with lab.threads(1):
-        return [fit_board(states, labels, tolerance=1e-3) for states in lab.track(seen.states, f"probes of {view}")]
-
-
-def _accuracies(probes: list[BoardProbe], judged: Read, view: str) -> list[float]:
-    labels = judged.positions.board(view)  # type: ignore[arg-type]
-    return [full_accuracy(probe.predict(states), labels) for probe, states in zip(probes, judged.states, strict=True)]
-
-
-def _nonlinear(lab: Lab, seen: Read, judged: Read, layer: int, view: str) -> float:
-    """Train a probe of two layers by gradient descent and return its accuracy on squares with a disc."""
-    labels = seen.positions.board(view)  # type: ignore[arg-type]
-    centre, spread = seen.states[layer].mean(0), seen.states[layer].std()
-    cases = (seen.states[layer] - centre) / spread
-    torch.manual_seed(lab.seed)
-    probe = nn.Sequential(
-        nn.Linear(cases.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 3 * labels.shape[1]), nn.Unflatten(1, (3, -1))
-    )
-    epochs = lab.pick(smoke=1, small=30)
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(lab.seed + epoch))
-        for rows in order.split(512):
-            yield cases[rows], labels[rows]
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return functional.cross_entropy(model(batch[0]), batch[1])
-
-    steps = epochs * -(-len(cases) // 512)
-    settings = train.Settings(
-        steps=steps,
-        lr=2e-3,
-        optimizer=train.AdamW(weight_decay=0.05),
-        seed=lab.seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(f"nonlinear probe of {view}", steps) as advance:
-        train.fit(probe, loss, batches, settings, on_step=lambda step: advance(1))
-    with torch.no_grad():
-        predicted = probe((judged.states[layer] - centre) / spread).argmax(1)
-    return full_accuracy(predicted, judged.positions.board(view))  # type: ignore[arg-type]
+        return [fit_board(states, labels, tolerance=1e-3) for states in seen.states]
 
 
 @paper.claim(
     "Linear probes read mine and yours from a model of moves, and not black and white",
     paper="arXiv:2309.00941: linear probes of mine, yours and empty are right on 99.5%; those of black and white have "
-    "20.4% errors (arXiv:2210.13382, which needs nonlinear ones: 1.7%; 26.2% in a random network)",
+    "20.4% errors (arXiv:2210.13382)",
     control="black and white instead of mine and yours; the same probes of the untrained network",
 )
 def the_board_is_linear_in_mine_and_yours(lab: Lab) -> Verdict:
     """Train on moves, fit a softmax a square on every block in both views, and judge on openings never seen."""
-    curves: dict[tuple[str, str], list[float]] = {}
-    bent: dict[tuple[str, str], float] = {}
-    rates = {}
-    for name, model in (("trained", trained(lab)), ("untrained", untrained(lab))):
-        seen, judged = _parts(lab, model)
-        rates[name] = legal_rate(judged)
-        for view in VIEWS:
-            curves[name, view] = _accuracies(_linear(lab, seen, view), judged, view)
-            bent[name, view] = _nonlinear(lab, seen, judged, len(seen.states) // 2, view)
-    legal = judged.legal.double().mean(1)
-    usual = seen.positions.board("mover").mode(0).values.expand(len(judged.row), -1)
-    ours, colour, fresh = (
-        max(curves[key]) for key in (("trained", "mover"), ("trained", "colour"), ("untrained", "mover"))
-    )
-    _draw_probes(lab, curves, bent)
-    return lab.judge(
-        checks={
-            "mine/yours at least 8 points above black/white": ours > colour + 0.08,
-            "and at least 8 points above the untrained network's": ours > fresh + 0.08,
-            "linear mine/yours probe: accuracy above 90% on squares with a disc": ours > 0.9,
-            "likeliest move legal in more than 95%": rates["trained"] > 0.95,
-            "a random move token is legal in less than 30%": float(legal.mean()) < 0.3,
-        },
-        measured={
-            "mine/yours, best block": ours,
-            "mine/yours by block": curves["trained", "mover"],
-            "black/white by block": curves["trained", "colour"],
-            "nonlinear, middle block, mine/yours and black/white": [bent["trained", view] for view in VIEWS],
-            "likeliest move legal": rates["trained"],
-            "positions judged": len(judged.row),
-        },
-        control={
-            "black/white, best block": colour,
-            "untrained network, mine/yours by block": curves["untrained", "mover"],
-            "untrained network, black/white by block": curves["untrained", "colour"],
-            "untrained network, nonlinear": [bent["untrained", view] for view in VIEWS],
-            "the most frequent label of each square": full_accuracy(usual, judged.positions.board("mover")),
-            "untrained network's likeliest move legal": rates["untrained"],
-            "a random move token legal": float(legal.mean()),
-        },
+
+    def arm(view: View, *, learned: bool = True) -> Callable[[int], dict[str, float | list[float]]]:
+        def measured(seed: int) -> dict[str, float | list[float]]:
+            _, seen, judged = _parts(lab, seed, learned=learned)
+            labels, probes = judged.positions.board(view), _linear(lab, seen, view)
+            accuracies = [
+                full_accuracy(probe.predict(states), labels)
+                for probe, states in zip(probes, judged.states, strict=True)
+            ]
+            return {
+                "accuracy on discs, best block": max(accuracies),
+                "likeliest move legal": legal_rate(judged),
+                "block": [float(block + 1) for block in range(len(probes))],
+                "accuracy on discs": accuracies,
+            }
+
+        return measured
+
+    mine, colour, fresh, on = "mine/yours", "black/white", "mine/yours, untrained", "accuracy on discs, best block"
+    verdict = lab.compare(
+        arms={mine: arm("mover"), colour: arm("colour"), fresh: arm("mover", learned=False)},
+        main=Beats(mine, colour, on=on, by=0.08),
+        also=[
+            Beats(mine, fresh, on=on, by=0.08),
+            AtLeast(mine, 0.9, on=on),
+            AtLeast(mine, 0.95, on="likeliest move legal"),
+        ],
+        seeds=2,
         note=SETTING + " Accuracy is of mine, yours or empty (black, white or empty) on squares that hold a disc.",
     )
-
-
-def _draw_probes(lab: Lab, curves: dict[tuple[str, str], list[float]], bent: dict[tuple[str, str], float]) -> None:
-    styles = {
-        ("trained", "mover"): ("mine / yours", COLORS[0], "-"),
-        ("trained", "colour"): ("black / white", COLORS[1], "-"),
-        ("untrained", "mover"): ("mine / yours, untrained", CONTROL, "-"),
-        ("untrained", "colour"): ("black / white, untrained", CONTROL, ":"),
-    }
-    with lab.figure("probes", figsize=(7.6, 3.6)) as figure:
-        axes = figure.subplots()
-        blocks = list(range(1, len(curves["trained", "mover"]) + 1))
-        for key, (label, color, line) in styles.items():
-            axes.plot(blocks, curves[key], line, color=color, marker="o", ms=4, label=label)
-            if key[0] == "trained":
-                axes.plot(
-                    [len(blocks) // 2 + 1], [bent[key]], "D", color=color, mfc="none", ms=8, label=f"{label}, nonlinear"
-                )
-        axes.set_ylim(0.4, 1.0)
-        axes.set_xticks(blocks)
-        axes.set_xlabel("block")
-        axes.set_ylabel("accuracy on discs")
-        axes.set_title("What probes read of the board")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+    lab.curves("accuracy on discs", x="block", name="probes")
+    return verdict
 
 
 @dataclass(frozen=True)
@@ -208,7 +157,7 @@ class Turns:
     black: Bool[Tensor, " n"]
 
     def labels(self, view: str) -> tuple[Tensor, Tensor]:
-        """Return the disc's label before and after in a view: mine (1) is black (1) where black is to move."""
+        """The disc's label before and after in a view: mine (1) is black (1) where black is to move."""
         source, target = self.source, self.target
         swapped = ~self.black & (view == "colour")
         return torch.where(swapped, target, source), torch.where(swapped, source, target)
@@ -236,7 +185,7 @@ def _turns(seen: Read, count: int, seed: int) -> Turns:
 
 
 def errors(logits: Float[Tensor, "n moves"], legal: Bool[Tensor, "n moves"]) -> float:
-    """Return the mean number of moves wrongly in or out of the likeliest k, k as many as are legal (Li et al.)."""
+    """Mean number of moves wrongly in or out of the likeliest k, k as many as are legal (Li et al.)."""
     rank = logits.argsort(1, descending=True).argsort(1)
     return float(((rank < legal.sum(1, keepdim=True)) ^ legal).sum(1).double().mean())
 
@@ -246,7 +195,7 @@ Move = Callable[[int, Float[Tensor, "n dim"]], Float[Tensor, "n dim"]]
 
 @torch.no_grad()
 def _edited(model: DecoderModel, turns: Turns, move: Move, first: int) -> Float[Tensor, "n moves"]:
-    """Return the logits when the position's state is moved after every block from `first` on."""
+    """Logits when the position's state is moved after every block from `first` on."""
     rows = torch.arange(len(turns.ply))
 
     def change(layer: int) -> Callable[[Tensor], Tensor]:
@@ -262,7 +211,7 @@ def _edited(model: DecoderModel, turns: Turns, move: Move, first: int) -> Float[
     return logits[:, : turns.after.shape[1]]
 
 
-def _toward(probes: list[BoardProbe], turns: Turns, view: str, odds: list[float]) -> Move:
+def _toward(probes: list[BoardProbe], turns: Turns, view: View, odds: list[float]) -> Move:
     """Turn the disc over in the probe's reading, to the log-odds given for each block."""
     source, target = turns.labels(view)
     return lambda layer, x: probes[layer].turn(x, turns.square, source, target, odds[layer])
@@ -279,7 +228,7 @@ def _astray(move: Move, seed: int) -> Move:
 
 
 def _usual_odds(probe: BoardProbe, states: Tensor, labels: Tensor) -> float:
-    """Return the median of |log p(1) / p(2)| over squares with a disc."""
+    """Median of |log p(1) / p(2)| over squares with a disc."""
     scores = probe.scores(states)
     return float((scores[..., MINE] - scores[..., YOURS])[labels != EMPTY].abs().median())
 
@@ -288,83 +237,57 @@ def _usual_odds(probe: BoardProbe, states: Tensor, labels: Tensor) -> float:
     "Moving the state along a probe's direction turns a disc over in the moves that follow",
     paper="arXiv:2309.00941: adding the direction of a linear probe edits the board; arXiv:2210.13382: errors against "
     "the edited board's legal moves fall from 2.68 to 0.12",
-    control="a random direction of the same length; the directions of the black/white probes",
+    control="the state as it is; a random direction of the same length; the directions of the black/white probes",
 )
 def vector_arithmetic_edits_the_board(lab: Lab) -> Verdict:
     """Choose the first block and the strength on some games, and count errors against the edited board on others."""
-    model = trained(lab)
-    seen, judged = _parts(lab, model)
-    tuning = _turns(seen, lab.pick(smoke=8, small=400), lab.seed + 10)
-    turns = _turns(judged, lab.pick(smoke=8, small=1000), lab.seed + 11)
+    tried, judged_on = lab.pick(smoke=(8, 8), small=(300, 800))
 
-    def moves(view: str) -> Callable[[Turns, float], Move]:
-        probes = _linear(lab, seen, view)
-        labels = seen.positions.board(view)  # type: ignore[arg-type]
+    def turned(seed: int, view: View) -> tuple[DecoderModel, Turns, Move, int]:
+        """The model, discs to turn over, and the best edit in a view."""
+        model, seen, judged = _parts(lab, seed)
+        tuning, turns = _turns(seen, tried, seed + 10), _turns(judged, judged_on, seed + 11)
+        probes, labels = _linear(lab, seen, view), seen.positions.board(view)
         usual = [_usual_odds(probe, states, labels) for probe, states in zip(probes, seen.states, strict=True)]
-        return lambda where, strength: _toward(probes, where, view, [strength * odds for odds in usual])
 
-    def best(toward: Callable[[Turns, float], Move]) -> tuple[int, float]:
-        tried = {
-            (first, strength): errors(_edited(model, tuning, toward(tuning, strength), first), tuning.after)
-            for first in range(model.spec.depth)
-            for strength in STRENGTHS
-        }
-        return min(tried, key=lambda pair: tried[pair])
+        def toward(where: Turns, strength: float) -> Move:
+            return _toward(probes, where, view, [strength * odds for odds in usual])
 
-    toward = {view: moves(view) for view in VIEWS}
-    chosen = {view: best(toward[view]) for view in VIEWS}
-    still = _edited(model, turns, lambda layer, x: x, 0)
-    after = {
-        view: errors(_edited(model, turns, toward[view](turns, chosen[view][1]), chosen[view][0]), turns.after)
-        for view in VIEWS
-    }
-    first, strength = chosen["mover"]
-    astray = _edited(model, turns, _astray(toward["mover"](turns, strength), lab.seed), first)
-    none, random = errors(still, turns.after), errors(astray, turns.after)
-    kept = errors(still, turns.before)
-    _draw_edits(lab, [kept, none, after["mover"], after["colour"], random])
-    cut = 1 - after["mover"] / none
-    return lab.judge(
-        checks={
-            "errors against the edited board's legal moves fall by more than 30%": cut > 0.3,
-            "random directions of the same length: by less than 10%": random > 0.9 * none,
-            "black/white directions cut less than half as much": none - after["colour"] < (none - after["mover"]) / 2,
-        },
-        measured={
-            "errors before": none,
-            "errors after": after["mover"],
-            "share of errors removed": cut,
-            "first block moved and strength, chosen on other games": [first + 1, strength],
-            "errors on the board as it is, unmoved": kept,
-            "positions": len(turns.ply),
-        },
-        control={
-            "errors after, random directions": random,
-            "errors after, black/white directions": after["colour"],
-            "first block and strength of those": [chosen["colour"][0] + 1, chosen["colour"][1]],
-        },
+        first, strength = min(
+            ((first, strength) for first in range(model.spec.depth) for strength in STRENGTHS),
+            key=lambda pair: errors(_edited(model, tuning, toward(tuning, pair[1]), pair[0]), tuning.after),
+        )
+        return model, turns, toward(turns, strength), first
+
+    def arm(view: View, change: Callable[[Move, int], Move] | None = None) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            model, turns, move, first = turned(seed, view)
+            edited = _edited(model, turns, change(move, seed) if change else move, first)
+            return {"errors against the edited board": errors(edited, turns.after)}
+
+        return measured
+
+    def unmoved(seed: int) -> dict[str, float]:
+        model, _, judged = _parts(lab, seed)
+        turns = _turns(judged, judged_on, seed + 11)
+        return {"errors against the edited board": errors(_edited(model, turns, lambda layer, x: x, 0), turns.after)}
+
+    mine, colour, random, still = "mine/yours direction", "black/white direction", "random direction", "state as it is"
+    on = "errors against the edited board"
+    verdict = lab.compare(
+        arms={mine: arm("mover"), colour: arm("colour"), random: arm("mover", _astray), still: unmoved},
+        main=Beats(mine, still, on=on, by_ratio=0.3, lower=True),
+        also=[
+            Beats(mine, random, on=on, by_ratio=0.3, lower=True),
+            Beats(mine, colour, on=on, by_ratio=0.15, lower=True),
+        ],
+        seeds=2,
         note=SETTING + " Errors are the moves wrongly in or out of the k likeliest, k as many as are legal. The "
         "disc is drawn at random among those that matter to the legal moves. Strength is in units of the median "
         "log-odds of a disc's label.",
     )
-
-
-def _draw_edits(lab: Lab, counts: list[float]) -> None:
-    names = [
-        "the board as it is,\nstate as it is",
-        "edited board,\nstate as it is",
-        "edited board,\nmine/yours direction",
-        "edited board,\nblack/white direction",
-        "edited board,\nrandom direction",
-    ]
-    with lab.figure("edits", figsize=(7.2, 3.2)) as figure:
-        axes = figure.subplots()
-        bars = axes.barh(names, counts, color=[FAINT, CONTROL, COLORS[0], COLORS[1], CONTROL])
-        axes.bar_label(bars, fmt="%.2f", padding=4, color=INK, fontsize=9)
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel("moves wrongly in or out of the likeliest")
-        axes.set_title("What the model would play when a disc is turned over")
+    lab.points(on, name="edits", title="Moves wrongly in or out")
+    return verdict
 
 
 @paper.claim(

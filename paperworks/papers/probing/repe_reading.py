@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from paperworks import interpret
-from paperworks.interpret.probing.probes import leading_component, random_probe
-from paperworks.interpret.probing.representation_reading import lat, mean_reading, ranked, scan, two_means_reading
-from paperworks.interpret.probing.separation import Estimate, wilson
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.interpret.probing.probes import Probe, leading_component, random_probe
+from paperworks.interpret.probing.representation_reading import concept_prompt, lat, mean_reading
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
 from paperworks.papers.probing import _emotions as emotions
-from paperworks.papers.probing._emotions import Sides
 from paperworks.testbeds import statements
 
 paper = Paper(
@@ -35,281 +33,190 @@ paper = Paper(
         "paperworks.interpret.probing.representation_reading.two_means_reading",
         "paperworks.interpret.probing.representation_reading.scan",
     ),
+    equation=r"v = \text{first principal component of } \{\pm (h(x_i^+) - h(x_i^-))\}, \qquad "
+    r"\text{score}(x) = v \cdot (h(x) - \bar h)",
+    usage="""
+import paperworks as pw
+from paperworks import interpret
+from paperworks.interpret.probing.representation_reading import concept_prompt, mean_reading, scan
+
+model = pw.load("smollm2")
+happy, sad = ["I won a prize.", "We laughed all day.", "She hugged me."], ["I lost my job.", "He cried.", "It hurts."]
+prompts = [model.tokenizer.encode(concept_prompt("happiness", text)) for text in (*happy, *sad)]
+states = interpret.last_token_activations(model, prompts, ["blocks.23"])["blocks.23"]
+reading = mean_reading(states[:3], states[3:])
+ids = model.tokenizer.encode("My friend came back. Then the house burned down.")
+for token, score in zip(ids, scan(model, ids, {"blocks.23": reading})["blocks.23"].tolist()):
+    print(f"{model.tokenizer.decode([token])!r}: {score:+.2f}")
+""",
+    notes="The scenarios are the authors'; the model is far smaller than theirs.",
 )
 
-TRAINING, HELD_OUT = 60, 40  # pairs of happiness and sadness
-MIDDLE = (14, 17, 20, 23)  # the outputs of blocks 15 to 24, counted from 1: where the claims are made
+TRAINING, HELD_OUT = 32, 24  # scenarios of each side
+BLOCK = 23  # counted from 0 of 30; chosen on seed 0 in an earlier design
+Pairs = tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]  # states of the positives and of the negatives
+RIGHT = "held-out pairs ranked right"
 
 
-def _share(hits: Tensor) -> Estimate:
-    return wilson(int(hits.sum()), len(hits))
+def _block(lab: Lab) -> int:
+    return lab.pick(smoke=3, small=BLOCK)
 
 
-def _parts(lab: Lab) -> tuple[slice, slice]:
-    known = lab.pick(smoke=8, small=TRAINING)
-    return slice(0, known), slice(known, None)
+_READ: dict[tuple[str, int], tuple[Pairs, Pairs]] = {}  # by scale and seed: the claims read the same scenarios
 
 
-def _happiness(lab: Lab) -> Sides:
-    return emotions.read_contrast(lab, "happiness", "sadness", lab.pick(smoke=12, small=TRAINING + HELD_OUT))
+def _unrelated(lab: Lab, seed: int) -> tuple[Pairs, Pairs]:
+    """Happy and sad scenarios in the template for concepts: to find the direction with, and held-out ones."""
+    if (lab.scale, seed) not in _READ:
+        known, held = lab.pick(smoke=(6, 4), small=(TRAINING, HELD_OUT))
+        texts = [
+            concept_prompt("happiness", text)
+            for emotion in ("happiness", "sadness")
+            for text in emotions.scenarios(emotion, known + held, seed)
+        ]
+        happy, sad = _states(lab, texts).chunk(2)
+        _READ[lab.scale, seed] = (happy[:known], sad[:known]), (happy[known:], sad[known:])
+    return _READ[lab.scale, seed]
 
 
-def _middle(lab: Lab, sides: Sides) -> tuple[int, ...]:
-    return tuple(layer for layer in lab.pick(smoke=sides.layers, small=MIDDLE) if layer in sides.layers)
+def _matched(lab: Lab, seed: int) -> Pairs:
+    """One scenario under opposite instructions: the same text on both sides of a pair, neither happy nor sad."""
+    texts = emotions.scenarios("surprise", lab.pick(smoke=6, small=TRAINING), seed)
+    people = [f"USER: Pretend you are a {mood} person. {text}\nASSISTANT: I feel" for mood in MOODS for text in texts]
+    happy, sad = _states(lab, people).chunk(2)
+    return happy, sad
+
+
+MOODS = ("happy", "sad")
+
+
+def _states(lab: Lab, texts: list[str]) -> Float[Tensor, "texts dim"]:
+    return statements.last_states(lab, emotions.emotion_model(lab), texts, [_block(lab)], "scenarios")[0]
+
+
+def _ranked(probe: Probe, held_out: Pairs) -> float:
+    """Share of all pairs of a positive and a negative of which the positive scores higher."""
+    positive, negative = (probe.score(side) for side in held_out)
+    return float((positive[:, None] > negative).double().mean())
+
+
+def _arm(lab: Lab, find: Callable[[int, Pairs], Probe]) -> Callable[[int], dict[str, float]]:
+    def measured(seed: int) -> dict[str, float]:
+        known, held_out = _unrelated(lab, seed)
+        return {RIGHT: _ranked(find(seed, known), held_out)}
+
+    return measured
+
+
+def _shuffled(seed: int, known: Pairs) -> Probe:
+    """Difference of means after the members of about half of the pairs have changed sides."""
+    positive, negative = known
+    turned = torch.rand(len(positive), 1, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return mean_reading(torch.where(turned, negative, positive), torch.where(turned, positive, negative))
 
 
 @paper.claim(
-    "The difference of means reads happiness against sadness from SmolLM2's middle layers",
+    "The difference of means reads happiness against sadness from a late block of SmolLM2",
     paper="Section 6.1: reading vectors of six emotions separate held-out scenarios",
-    control="200 random directions, and labels shuffled within the training pairs",
+    control="labels shuffled within the training pairs",
+    reach="real",
 )
 def means_read_emotions(lab: Lab) -> Verdict:
-    """Rank held-out pairs by the projection, layer by layer, and two further contrasts of emotions."""
-    sides = _happiness(lab)
-    known, held = _parts(lab)
-    middle = _middle(lab, sides)
-    right = {}
-    for layer in sides.layers:
-        probe = mean_reading(*sides.at(layer, known))
-        right[layer] = _share(ranked(probe, *sides.at(layer, held)))
-    best = max(middle, key=lambda layer: right[layer].value)
-    random = _random_band(lab, sides, best, held)
-    shuffled = [_shuffled(sides, layer, known, held, lab.seed) for layer in middle]
-    other = _further_contrasts(lab)
-    lab.table(
-        f"Held-out pairs ranked the right way (95% intervals, seed {lab.seed})",
-        ["contrast", *(f"block {layer + 1}" for layer in middle)],
-        [
-            ["happiness, sadness", *(str(right[layer]) for layer in middle)],
-            *([name, *(str(shares[layer]) for layer in middle)] for name, shares in other.items()),
-            ["happiness, sadness; labels shuffled in the fit", *(str(share) for share in shuffled)],
-        ],
+    """Find the direction with some scenarios, and rank held-out ones by their projection."""
+    ours, shuffled = "difference of means", "labels shuffled"
+    verdict = lab.compare(
+        arms={
+            ours: _arm(lab, lambda seed, known: mean_reading(*known)),
+            shuffled: _arm(lab, _shuffled),
+            "random direction": _arm(lab, lambda seed, known: random_probe(known[0].shape[1], seed)),
+        },
+        main=Beats(ours, shuffled, on=RIGHT, by=0.2),
+        also=[AtLeast(ours, 0.85, on=RIGHT), Beats(ours, "random direction", on=RIGHT, by=0.1)],
+        seeds=3,
+        note=f"{TRAINING} scenarios of each emotion to find the direction, {HELD_OUT} of each to rank, after block "
+        f"{BLOCK + 1}; the seed draws them.",
     )
-    return lab.judge(
-        checks={
-            "more than 85% of held-out pairs in the best of blocks 15 to 24": right[best].value > 0.85,
-            "above 95% of random directions": right[best].value > random[1],
-            "shuffled labels stay between 35% and 65%": all(0.35 <= share.value <= 0.65 for share in shuffled),
-        },
-        measured={
-            "best block": best + 1,
-            "held-out pairs right": str(right[best]),
-            "by block": [round(right[layer].value, 3) for layer in sides.layers],
-            "blocks, counted from 1": [layer + 1 for layer in sides.layers],
-            **{f"{name}, best block": max(e.value for e in shares.values()) for name, shares in other.items()},
-            "seed": lab.seed,
-        },
-        control={
-            "random directions, 5% to 95%": random,
-            "labels shuffled, by block": [str(share) for share in shuffled],
-        },
-        note="60 pairs to find the direction, 40 to score: unrelated scenarios in the paper's template for concepts.",
-    )
-
-
-def _random_band(lab: Lab, sides: Sides, layer: int, held: slice) -> list[float]:
-    positive, negative = sides.at(layer, held)
-    shares = [
-        float(ranked(random_probe(positive.shape[1], lab.seed + draw), positive, negative).double().mean())
-        for draw in range(200)
-    ]
-    ends = torch.tensor(shares, dtype=torch.float64).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64))
-    return [float(end) for end in ends]
-
-
-def _shuffled(sides: Sides, layer: int, known: slice, held: slice, seed: int) -> Estimate:
-    """Swap the members of about half of the training pairs before the fit; mean over draws, one of them shown."""
-    positive, negative = sides.at(layer, known)
-    hits = []
-    for draw in range(20):
-        turned = torch.rand(len(positive), generator=torch.Generator().manual_seed(seed + draw)) < 0.5
-        one = torch.where(turned[:, None], negative, positive)
-        other = torch.where(turned[:, None], positive, negative)
-        hits.append(ranked(mean_reading(one, other), *sides.at(layer, held)).double().mean())
-    n = len(sides.at(layer, held)[0])
-    return wilson(round(float(torch.stack(hits).mean()) * n), n)
-
-
-def _further_contrasts(lab: Lab) -> dict[str, dict[int, Estimate]]:
-    """Return, for two more contrasts of emotions, the share of held-out pairs ranked right in each middle block."""
-    found = {}
-    known = lab.pick(smoke=6, small=24)
-    for positive, negative in emotions.CONTRASTS[1:]:
-        sides = emotions.read_contrast(lab, positive, negative, lab.pick(smoke=10, small=40))
-        found[f"{positive}, {negative}"] = {
-            layer: _share(ranked(mean_reading(*sides.at(layer, slice(0, known))), *sides.at(layer, slice(known, None))))
-            for layer in _middle(lab, sides)
-        }
-    return found
+    lab.points(RIGHT, name="means", title="Held-out pairs ranked right")
+    return verdict
 
 
 @paper.claim(
-    "LAT's principal component reads the emotion without labels",
+    "LAT's principal component reads the emotion without labels, from matched pairs",
     paper="Section 3.1: PCA of the differences between paired stimuli; Section 6.1 with unrelated scenarios",
-    control="the difference of means on the same pairs, which uses the labels; matched pairs, of one scenario under "
-    "opposite instructions",
+    control="a random direction; and LAT on unrelated scenarios",
+    reach="real",
 )
 def component_reads_emotions(lab: Lab) -> Verdict:
-    """Compare PCA of unrelated pairs, in ten orders, with PCA of matched pairs, means and 2-means."""
-    sides = _happiness(lab)
-    known, held = _parts(lab)
-    middle = _middle(lab, sides)
-    orders = lab.pick(smoke=2, small=10)
-    matched = _matched(lab, middle)
-    curves: dict[str, list[Estimate]] = {"difference of means": [], "LAT, unrelated pairs": [], "2-means": []}
-    alike = []
-    for layer in sides.layers:
-        pairs, test = sides.at(layer, known), sides.at(layer, held)
-        means = mean_reading(*pairs)
-        found = [lat(*pairs, seed=lab.seed + order) for order in range(orders)]
-        shares = torch.stack([ranked(probe, *test).double().mean() for probe in found])
-        curves["difference of means"].append(_share(ranked(means, *test)))
-        curves["LAT, unrelated pairs"].append(wilson(round(float(shares.mean()) * len(test[0])), len(test[0])))
-        labels = torch.arange(2 * len(pairs[0])) < len(pairs[0])
-        curves["2-means"].append(_share(ranked(two_means_reading(torch.cat(pairs), labels), *test)))
-        alike.append(max(abs(float(probe.direction @ means.direction)) for probe in found))
-    matched_shares, matched_alike = [], []
-    for place, layer in enumerate(middle):
-        probe = lat(matched[0][place], matched[1][place], seed=lab.seed)
-        matched_shares.append(_share(ranked(probe, *sides.at(layer, held))))
-        matched_alike.append(float(probe.direction @ mean_reading(matched[0][place], matched[1][place]).direction))
-    _draw(lab, sides.layers, curves, middle, matched_shares)
-    at = [sides.layers.index(layer) for layer in middle]
-    ours = max(curves["LAT, unrelated pairs"][place].value for place in at)
-    means_best = max(curves["difference of means"][place].value for place in at)
-    return lab.judge(
-        checks={
-            "more than 85% of held-out pairs with unrelated pairs, best of blocks 15 to 24": ours > 0.85,
-            "with matched pairs PCA finds their difference of means: cosine above 0.9": min(matched_alike) > 0.9,
+    """Take the component of pairs of one text under opposite instructions, and of unrelated pairs; rank scenarios."""
+    matched, unrelated, random = "LAT, matched pairs", "LAT, unrelated pairs", "random direction"
+    verdict = lab.compare(
+        arms={
+            matched: _arm(lab, lambda seed, known: lat(*_matched(lab, seed), seed=seed)),
+            unrelated: _arm(lab, lambda seed, known: lat(*known, seed=seed)),
+            "difference of means": _arm(lab, lambda seed, known: mean_reading(*known)),
+            random: _arm(lab, lambda seed, known: random_probe(known[0].shape[1], seed)),
         },
-        measured={
-            "LAT, unrelated pairs, by block": [round(e.value, 3) for e in curves["LAT, unrelated pairs"]],
-            "LAT, unrelated pairs, best": ours,
-            "largest cosine with the difference of means, by block": [round(value, 3) for value in alike],
-            "2-means, by block": [round(e.value, 3) for e in curves["2-means"]],
-            "blocks, counted from 1": [layer + 1 for layer in sides.layers],
-            "orders of pairs": orders,
-            "held-out pairs": len(sides.at(middle[0], held)[0]),
-            "seed": lab.seed,
-        },
-        control={
-            "difference of means, best": means_best,
-            "LAT, matched pairs: cosine with their difference of means": matched_alike,
-            "LAT, matched pairs, on the same held-out scenarios": [str(share) for share in matched_shares],
-        },
+        main=Beats(matched, random, on=RIGHT, by=0.2),
+        also=[AtLeast(matched, 0.85, on=RIGHT), Beats(matched, unrelated, on=RIGHT)],
+        seeds=3,
         note="What varies most between two unrelated scenarios is what they are about, not how happy they are. A "
-        "matched pair is one scenario read under two instructions; its difference has little else in it.",
+        "matched pair is one scenario read under two instructions, 'Pretend you are a happy (sad) person'; its "
+        "difference has little else in it. Both are scored on the same held-out scenarios.",
     )
-
-
-def _matched(lab: Lab, layers: Sequence[int]) -> tuple[Float[Tensor, "layers n dim"], Float[Tensor, "layers n dim"]]:
-    """Return states at the end of scenarios under opposite instructions: the same text on both sides of a pair."""
-    texts = emotions.scenarios("surprise", lab.pick(smoke=8, small=40), lab.seed)  # neither happy nor sad by choice
-    model = emotions.emotion_model(lab)
-    happy, sad = (
-        [f"USER: Pretend you are a {person} person. {text}\nASSISTANT: I feel" for text in texts]
-        for person in ("happy", "sad")
-    )
-    states = statements.last_states(lab, model, happy + sad, layers, "one scenario, two instructions")
-    return states[:, : len(happy)], states[:, len(happy) :]
-
-
-def _draw(
-    lab: Lab,
-    layers: Sequence[int],
-    curves: dict[str, list[Estimate]],
-    middle: Sequence[int],
-    matched: Sequence[Estimate],
-) -> None:
-    with lab.figure("layers", figsize=(8.6, 3.8)) as figure:
-        axes = figure.subplots()
-        blocks = [layer + 1 for layer in layers]
-        for color, (name, shares) in zip((COLORS[0], COLORS[1], COLORS[4]), curves.items(), strict=True):
-            axes.plot(blocks, [share.value for share in shares], color=color, marker="o", ms=4, label=name)
-            axes.fill_between(
-                blocks, [s.low for s in shares], [s.high for s in shares], color=color, alpha=0.12, linewidth=0
-            )
-        axes.plot(
-            [layer + 1 for layer in middle],
-            [share.value for share in matched],
-            "--",
-            color=COLORS[2],
-            marker="s",
-            ms=4,
-            label="LAT, matched pairs",
-        )
-        axes.axhline(0.5, color=CONTROL, linewidth=1.0, linestyle=":")
-        axes.set_ylim(0.0, 1.03)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_xlabel("block of SmolLM2")
-        axes.set_ylabel("held-out pairs ranked right")
-        axes.set_title("Happiness against sadness, read from the last token")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    lab.points(RIGHT, name="components", title="Held-out pairs ranked right")
+    return verdict
 
 
 @paper.claim(
     "A reading vector follows a text token by token",
     paper="Section 4: projections at every token, as a detector of lies",
-    control="random directions on the same tokens",
+    control="a random direction on the same tokens",
+    reach="real",
 )
 def follows_a_text(lab: Lab) -> Verdict:
-    """Read texts of a happy and a sad scenario, in both orders, and compare the tokens of each sentence."""
-    sides = _happiness(lab)
-    known, _ = _parts(lab)
-    layer = _middle(lab, sides)[-2]
+    """Read texts of a happy and a sad sentence, in either order, and compare the tokens of the two."""
     model = emotions.emotion_model(lab)
-    tokenizer = model.tokenizer
-    count = lab.pick(smoke=12, small=TRAINING + HELD_OUT)
-    held = slice(known.stop, known.stop + lab.pick(smoke=2, small=20))
-    happy, sad = (emotions.scenarios(name, count, lab.seed)[held] for name in ("happiness", "sadness"))
-    path = f"blocks.{layer}"
-    probe = mean_reading(*sides.at(layer, known))
-    blind = {f"random {draw}": random_probe(len(probe.direction), lab.seed + draw) for draw in range(20)}
-    right, blind_right = [], {name: [] for name in blind}  # type: ignore[var-annotated]
-    shown: tuple[list[str], list[float], int] | None = None
-    for index, (one, other) in enumerate(lab.track(list(zip(happy, sad, strict=True)), "texts of two sentences")):
-        first, second = (one, other) if index % 2 == 0 else (other, one)
-        ids = tokenizer.encode(f"{first} {second}")
-        cut = len(tokenizer.encode(first))
-        with interpret.record(model, path) as seen, torch.no_grad():
-            model.hidden(torch.tensor([ids], device=model.device))
-        states = seen[path][0].cpu()
-        for name, trace in ((name, each.score(states)) for name, each in {"ours": probe, **blind}.items()):
-            # The first token is an attention sink whose state says nothing of the text.
-            difference = float(trace[1:cut].mean() - trace[cut:].mean())
-            happier = (difference > 0) == (index % 2 == 0)
-            (right if name == "ours" else blind_right[name]).append(happier)
-        if shown is None:
-            trace = scan(model, ids, {path: probe})[path]
-            shown = ([tokenizer.decode([token]) for token in ids], trace.tolist(), cut)
-    assert shown is not None
-    _draw_scan(lab, shown, layer)
-    ours = wilson(sum(right), len(right))
-    shares = sorted(sum(hits) / len(hits) for hits in blind_right.values())
-    return lab.judge(
-        checks={
-            "the happy sentence's tokens score higher in more than 85% of texts": ours.value > 0.85,
-            "above 95% of random directions": ours.value > shares[-2],
+    tokenizer, path = model.tokenizer, f"blocks.{_block(lab)}"
+
+    @cache
+    def texts(seed: int) -> list[tuple[Tensor, int, bool]]:
+        """States of a text's tokens, where its second sentence begins, and whether the first is the happy one."""
+        known, held = lab.pick(smoke=(6, 4), small=(TRAINING, HELD_OUT))
+        happy, sad = (emotions.scenarios(name, known + held, seed)[known:] for name in ("happiness", "sadness"))
+        found = []
+        for index, pair in enumerate(zip(happy, sad, strict=True)):
+            first, second = pair if index % 2 == 0 else pair[::-1]
+            ids = torch.tensor([tokenizer.encode(f"{first} {second}")], device=model.device)
+            with interpret.record(model, path) as seen, torch.no_grad():
+                model.hidden(ids)
+            found.append((seen[path][0].cpu(), len(tokenizer.encode(first)), index % 2 == 0))
+        return found
+
+    def arm(find: Callable[[int, Pairs], Probe]) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            probe, right = find(seed, _unrelated(lab, seed)[0]), []
+            for states, cut, happy_first in texts(seed):
+                trace = probe.score(states)
+                # The first token is an attention sink whose state says nothing of the text.
+                right.append(bool(trace[1:cut].mean() > trace[cut:].mean()) == happy_first)
+            return {"texts whose happy sentence scores higher": sum(right) / len(right)}
+
+        return measured
+
+    ours, random, on = "difference of means", "random direction", "texts whose happy sentence scores higher"
+    verdict = lab.compare(
+        arms={
+            ours: arm(lambda seed, known: mean_reading(*known)),
+            random: arm(lambda seed, known: random_probe(known[0].shape[1], seed)),
         },
-        measured={"texts right": str(ours), "block": layer + 1, "seed": lab.seed},
-        control={"random directions, mean": sum(shares) / len(shares), "random directions, 95%": shares[-2]},
+        main=Beats(ours, random, on=on, by=0.2),
+        also=[AtLeast(ours, 0.85, on=on)],
+        seeds=3,
         note="The vector was found at the last token of the template; here it reads every token of plain sentences, "
-        "the first token left out; half of the texts begin sad.",
+        f"the first left out; {HELD_OUT} texts a seed, half of which begin sad.",
     )
-
-
-def _draw_scan(lab: Lab, shown: tuple[list[str], list[float], int], layer: int) -> None:
-    words, trace, cut = shown
-    with lab.figure("scan", figsize=(9.2, 3.6)) as figure:
-        axes = figure.subplots()
-        places = range(1, len(words))
-        colors = [COLORS[0] if place < cut else COLORS[1] for place in places]
-        axes.bar(list(places), trace[1:], color=colors, width=0.85)
-        axes.set_xticks(list(places), [word.strip() for word in words[1:]], rotation=60, ha="right", fontsize=8)
-        axes.axvline(cut - 0.5, color=CONTROL, linewidth=1.0, linestyle=":")
-        axes.grid(axis="x", visible=False)
-        axes.set_ylabel("projection")
-        axes.set_title(f"A text that turns from happy to sad, read after block {layer + 1}")
+    lab.points(on, name="scan", title="Texts read the right way round")
+    return verdict
 
 
 @paper.claim(

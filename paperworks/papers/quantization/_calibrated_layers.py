@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,9 @@ from paperworks.compress.formats.grids import find_grid
 from paperworks.compress.formats.incoherence import damped
 from paperworks.core.linear import weight_of
 from paperworks.core.selection import select_linears
-from paperworks.lab import Lab
-from paperworks.testbeds.scored_text import scored_text
-from paperworks.testbeds.smollm2 import smollm2
+from paperworks.papers.quantization._rounded_model import Bench
+
+ENERGY = "share of the outputs' energy lost"
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,18 @@ class Layer:
     statistics: Statistics
 
     def loss(self, rounded: Float[Tensor, "rows columns"]) -> float:
-        """Return the share of the output's energy that rounding costs: tr(E H E^T) / tr(W H W^T)."""
+        """Share of the output's energy that rounding costs: tr(E H E^T) / tr(W H W^T)."""
         moment = self.statistics.required("second_moment").double()
         weight = self.weight.double()
         return float(proxy_loss(rounded.double() - weight, moment) / proxy_loss(weight, moment))
 
     def loss_in(self, format: WeightFormat) -> float:
-        """Return that share for a format."""
+        """That share for a format."""
         shape = (self.weight.shape[0], self.weight.shape[1])
         return self.loss(format.decode(format.encode(self.weight, self.statistics), shape))
 
     def loss_by_row(self, bits: int, feedback: bool) -> float:
-        """Return that share for a grid a row from its least to its largest weight: GPTQ, or plain rounding."""
+        """That share for a grid a row from its least to its largest weight: GPTQ, or plain rounding."""
         moment = damped(self.statistics.required("second_moment").double(), 0.01)
         factor = feedback_factor(moment) if feedback else torch.zeros_like(moment)
         grid = find_grid(self.weight.double(), bits, symmetric=False)
@@ -49,18 +50,33 @@ class Layer:
 
 
 @torch.no_grad()
-def calibrated_layers(lab: Lab, blocks: tuple[int, ...] = (0, 14, 29)) -> tuple[list[Layer], str]:
-    """Return layers of some blocks (in a smoke run one of a stand-in), and in words what text their inputs are of."""
-    model = smollm2(lab)
-    text = scored_text(model.tokenizer, lab.pick(smoke=48, small=2048, large=16_384))
-    targets = lab.pick(smoke=["blocks.0.mixer.value"], small=[f"blocks.{n}.*" for n in blocks])
-    layers = select_linears(model, targets)
-    windows = [window[None] for window in text.tokens.to(lab.device).split(512)]
-    seen = stages(model, list(layers), Calibration(windows, sequential=False), ["second_moment"])
-    weights = {path: weight_of(layer).detach().float() for path, layer in layers.items()}
-    return [Layer(path, weights[path], stage.statistics) for stage in seen for path in stage.paths], text.words
+def calibrated_layers(bed: Bench, seed: int) -> list[Layer]:
+    """The layers of a bench that are rounded, with the moments of their inputs in the model as loaded."""
+    if ("layers", seed) not in bed.kept:
+        layers = select_linears(bed.model, bed.targets)
+        calibration = Calibration(bed.calibration(seed), sequential=False)
+        weights = {path: weight_of(layer).detach().float() for path, layer in layers.items()}
+        bed.kept["layers", seed] = [
+            Layer(path, weights[path], stage.statistics)
+            for stage in stages(bed.model, list(layers), calibration, ["second_moment", "absolute_mean"])
+            for path in stage.paths
+        ]
+    return bed.kept["layers", seed]
+
+
+def energy_lost(bed: Bench, rounding: WeightFormat | Callable[[Layer], float]) -> Callable[[int], dict[str, float]]:
+    """Arm of a comparison: the share of the outputs' energy that a rounding costs, geometric mean over the layers.
+
+    The rounding is a format, or a function that gives the share for a layer.
+    """
+    lost = (lambda layer: layer.loss_in(rounding)) if isinstance(rounding, WeightFormat) else rounding
+
+    def run(seed: int) -> dict[str, float]:
+        return {ENERGY: geometric_mean([lost(layer) for layer in calibrated_layers(bed, seed)])}
+
+    return run
 
 
 def geometric_mean(values: list[float]) -> float:
-    """Return exp(mean(log)): ratios of it are mean ratios."""
+    """exp(mean(log)): ratios of it are mean ratios."""
     return float(torch.tensor(values, dtype=torch.float64).log().mean().exp())

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from paperworks import api, checkpoints, train
+from paperworks import api, checkpoints
 from paperworks.checkpoints.gguf import reader as gguf
 from paperworks.checkpoints.gguf.model import export_tensors
 from paperworks.compress.ggml import blocks as ggml
 from paperworks.core.linear import weight_of
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.lab import AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel
-from paperworks.testbeds.scored_text import scored_text
-from paperworks.testbeds.smollm2 import smollm2
+from paperworks.papers.quantization._rounded_model import bench
 
 paper = Paper(
     key="gguf",
@@ -42,6 +42,21 @@ paper = Paper(
         "paperworks.compress.ggml.blocks.decode",
         "paperworks.compress.ggml.format.GGML",
     ),
+    equation=r"\mathrm{Q8\_0}: \ \hat w = d_b \, q, \quad d_b = \max |w| / 127, \ q \in \{-127, \dots, 127\}, "
+    r"\quad 8 + \tfrac{16}{32} = 8.5 \text{ bits}",
+    usage="""
+from dataclasses import replace
+
+import paperworks as pw
+
+model = pw.build(replace(pw.preset("smollm2-135m"), depth=2, vocab_size=512))
+pw.export(model, "small.gguf", layout="gguf", kind="Q8_0")
+again = pw.load("small.gguf")
+kept = pw.load("small.gguf", keep_quantized=True)  # the linear layers stay in the file's own blocks
+print("parameters:", sum(p.numel() for p in again.parameters()))
+print(kept.blocks[0].mixer.query)
+""",
+    notes="Written are F32, F16, BF16, Q4_0 to Q8_0 and the k-quants; the imatrix formats are read, not written.",
 )
 
 SIZES = {  # bytes of a block, and its values
@@ -82,7 +97,7 @@ def _exported(model: DecoderModel, kind: str) -> Iterator[Path]:
 
 @torch.inference_mode()
 def _rounded_in_memory(model: DecoderModel, kind: str) -> DecoderModel:
-    """Return the model with every matrix rounded to `kind`'s blocks, no file and no permutation of rows involved."""
+    """The model with every matrix rounded to `kind`'s blocks, no file and no permutation of rows involved."""
     rounded = api.build(model.spec).to(model.device).eval()
     state = {
         name: ggml.decode(ggml.encode(value, kind), kind) if value.dim() == 2 else value
@@ -96,56 +111,48 @@ def _rounded_in_memory(model: DecoderModel, kind: str) -> DecoderModel:
     "SmolLM2 written as Q8_0 reads back as the same model, and loses almost nothing",
     paper="ggml: Q8_0 takes 8.5 bits a weight and is all but lossless; Q4_0 takes 4.5",
     control="Q4_0, the same file with four-bit blocks, which has to lose more",
+    reach="real",
 )
 def eight_bits_lose_almost_nothing(lab: Lab) -> Verdict:
     """Export, read back, compare with the same rounding done in memory, and score on text."""
-    model = smollm2(lab)
-    text = scored_text(model.tokenizer, lab.pick(smoke=32, small=3072, large=65_536))
-    tokens = text.tokens.to(lab.device)
-    context = lab.pick(smoke=32, small=513)
-    perplexity = {"as loaded": train.perplexity(model, tokens, context)}
-    apart: dict[str, float] = {}
-    size: dict[str, int] = {}
-    bits: dict[str, float] = {}
-    same_ids = True
-    for kind in lab.track(("Q8_0", "Q4_0"), "files"):
+    bed = bench(lab)
+    model = copy.copy(bed.model)
+    model.tokenizer = bed.tokenizer
+
+    @cache
+    def written(kind: str) -> tuple[DecoderModel, dict[str, float]]:
         with _exported(model, kind) as path:
-            size[kind], bits[kind] = path.stat().st_size, _bits(path)
-            again = api.load(path, device=lab.device)
-        same_ids = same_ids and _same_ids(model, again)
-        apart[kind] = _largest_difference(again, _rounded_in_memory(model, kind), tokens[None, :32])
-        perplexity[kind] = train.perplexity(again, tokens, context)
-    rise = {kind: perplexity[kind] / perplexity["as loaded"] - 1 for kind in size}
-    _draw_sizes(lab, rise, bits)
-    return lab.judge(
-        checks={
-            "perplexity rises by less than 0.5% with Q8_0": rise["Q8_0"] < 0.005,
-            "and by more with Q4_0": rise["Q4_0"] > max(rise["Q8_0"], 0.005),
-            # The very same float32 weights go through the same kernels; the bar of 1e-5 leaves room for another order.
-            "the logits are those of the weights rounded in memory, to 1e-5": max(apart.values()) <= 1e-5,
-            "the tokenizer in the file gives the same ids": same_ids,
-        },
-        measured={
-            "perplexity, as loaded": perplexity["as loaded"],
-            "perplexity, Q8_0": perplexity["Q8_0"],
-            "rise, Q8_0": rise["Q8_0"],
-            "bits a weight, Q8_0": bits["Q8_0"],
-            "bytes of the file, Q8_0": size["Q8_0"],
-            "largest difference of logits": max(apart.values()),
-        },
-        control={
-            "perplexity, Q4_0": perplexity["Q4_0"],
-            "rise, Q4_0": rise["Q4_0"],
-            "bits a weight, Q4_0": bits["Q4_0"],
-            "bytes of the file, Q4_0": size["Q4_0"],
-        },
-        note=f"{text.words}; windows of 512. The weights at hand "
-        "were rounded to Q4_1 before (embeddings to Q8_0), which is what they are compared with.",
+            again, bits = api.load(path, device=lab.device), _bits(path)
+        apart = _largest_difference(again, _rounded_in_memory(model, kind), bed.texts(0)[:1, :16])
+        return again, {"bits a weight": bits, "largest difference": apart, "other ids": 1 - _same_ids(model, again)}
+
+    def arm(kind: str) -> Callable[[int], dict[str, float]]:
+        def read(seed: int) -> dict[str, float]:
+            again, facts = written(kind)
+            return bed.numbers(again, seed) | facts
+
+        return read
+
+    verdict = lab.compare(
+        arms={kind: arm(kind) for kind in ("Q8_0", "Q4_0")},
+        main=Beats("Q8_0", "Q4_0", on="nats lost", by=0.05, lower=True),
+        also=[
+            AtMost("Q8_0", 0.005, on="nats lost"),
+            # The very same float32 weights go through the same kernels; 1e-5 leaves room for another order.
+            *(AtMost(kind, 1e-5, on="largest difference") for kind in ("Q8_0", "Q4_0")),
+            AtMost("Q8_0", 0, on="other ids"),
+        ],
+        seeds=3,
+        note=f"{bed.words.rpartition(';')[0]}. All matrices are rounded, the embedding too. The largest difference is "
+        "that of the logits to the same rounding done in memory, without a file. The weights at hand were rounded to "
+        "Q4_1 before (embeddings to Q8_0), which is what they are compared with.",
     )
+    lab.points("nats lost", title="What SmolLM2 loses when all of its matrices are rounded, nats a token")
+    return verdict
 
 
 def _bits(path: Path) -> float:
-    """Return the bits a value that the file's matrices take."""
+    """The bits a value that the file's matrices take."""
     matrices = [tensor for tensor in gguf.read(path).tensors.values() if len(tensor.shape) == 2]
     return 8 * sum(x.nbytes for x in matrices) / sum(x.shape[0] * x.shape[1] for x in matrices)
 
@@ -158,25 +165,6 @@ def _same_ids(model: DecoderModel, again: DecoderModel) -> bool:
 @torch.inference_mode()
 def _largest_difference(one: DecoderModel, other: DecoderModel, tokens: Int[Tensor, "batch time"]) -> float:
     return (one(tokens) - other(tokens)).abs().max().item()
-
-
-def _draw_sizes(lab: Lab, rise: dict[str, float], bits: dict[str, float]) -> None:
-    with lab.figure("perplexity", figsize=(7.2, 2.1)) as figure:
-        axes = figure.subplots()
-        names = ["Q4_0", "Q8_0"]
-        bars = axes.barh(
-            [f"{name}\n{bits[name]:.2f} bits" for name in names],
-            [rise[name] for name in names],
-            color=[CONTROL, COLORS[0]],
-            height=0.6,
-        )
-        axes.bar_label(bars, [f"{rise[name]:+.2%}" for name in names], padding=5, color=INK)
-        axes.axvline(0, color=INK, linewidth=0.8)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.margins(x=0.14)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_title("How much SmolLM2's perplexity rises when all its matrices are rounded")
 
 
 @paper.claim(
@@ -198,7 +186,7 @@ def rotary_rows_are_reordered(lab: Lab) -> Verdict:
         # Row 2 j + s of a head is row j + 32 s here: dimension j of each half, one after the other.
         order = [64 * head + j + 32 * s for head in range(count) for j in range(32) for s in range(2)]
         wrong += int((exported[f"blk.1.attn_{letter}.weight"] != weight[order]).sum())
-    tokens = torch.randint(model.spec.vocab_size, (1, 24), generator=torch.Generator().manual_seed(lab.seed))
+    tokens = torch.randint(model.spec.vocab_size, (1, 24), generator=lab.generator(lab.seed))
     with _exported(model, "F32") as path:
         restored = checkpoints.load(path)
         file = gguf.read(path)
@@ -223,49 +211,23 @@ def rotary_rows_are_reordered(lab: Lab) -> Verdict:
 
 
 @paper.claim(
-    "A block takes the bytes of the specification",
-    paper="ggml-common.h: 34, 18, 20, 22 and 24 bytes for 32 values; 84, 110, 144, 176 and 210 for 256",
+    "Blocks take the bytes of the specification, and have the error of the reference quantizers on normal numbers",
+    paper="ggml-common.h: 34, 18, 20, 22 and 24 bytes for 32 values; 84, 110, 144, 176 and 210 for 256; "
+    "ggml-quants.c, quantize_row_*_ref: the reference quantizers, whose error was measured on normal numbers",
     kind="exact",
 )
-def block_sizes(lab: Lab) -> Verdict:
-    """Compare the table of formats, and the bytes that our writers make."""
-    draws = torch.Generator().manual_seed(lab.seed)
-    written = {
-        kind: ggml.encode(torch.randn(2, values, generator=draws), kind).shape[-1]
-        for kind, (_, values) in SIZES.items()
+def sizes_and_errors_of_blocks(lab: Lab) -> Verdict:
+    """Count the bytes that our writers make, and measure the mean squared error of every type they write."""
+    draws = lab.generator(lab.seed)
+    written = {kind: ggml.encode(torch.randn(2, n, generator=draws), kind).shape[-1] for kind, (_, n) in SIZES.items()}
+    x = torch.randn(lab.pick(smoke=128, small=1024), 1024, generator=draws)
+    errors = {
+        kind: (ggml.decode(ggml.encode(x, kind), kind).double() - x.double()).square().mean().item()
+        for kind in ggml.WRITABLE
     }
-    lab.table(
-        "Block formats",
-        ["type", "values", "bytes", "bits a value"],
-        [[kind, values, size, 8 * size / values] for kind, (size, values) in SIZES.items()],
-    )
-    return lab.judge(
-        checks={
-            "the table has the published sizes": all(
-                (ggml.BLOCKS[kind].bytes, ggml.BLOCKS[kind].values) == sizes for kind, sizes in SIZES.items()
-            ),
-            "what is written has them": all(size == SIZES[kind][0] for kind, size in written.items()),
-            "8.5 and 4.5 bits for Q8_0 and Q4_0": [ggml.BLOCKS[k].bits_per_value for k in ("Q8_0", "Q4_0")]
-            == [8.5, 4.5],
-        },
-        measured={f"bytes of {kind}": size for kind, size in written.items()},
-    )
-
-
-@paper.claim(
-    "On normal numbers the blocks have the error of the reference quantizers",
-    paper="ggml-quants.c, quantize_row_*_ref: the reference quantizers, whose error was measured on normal numbers",
-    kind="exact",
-)
-def errors_of_the_blocks(lab: Lab) -> Verdict:
-    """Measure the mean squared error of every type that is written here, and the rounding of plain types."""
-    x = torch.randn(lab.pick(smoke=128, small=1024), 1024, generator=torch.Generator().manual_seed(lab.seed))
-    errors = {}
-    for kind in ggml.WRITABLE:
-        errors[kind] = (ggml.decode(ggml.encode(x, kind), kind).double() - x.double()).square().mean().item()
     close = lab.pick(smoke=0.05, small=0.01)
     lab.table(
-        "Mean squared error on numbers from N(0, 1)",
+        "Block formats: mean squared error on numbers from N(0, 1)",
         ["type", "bits a value", "measured", "reference"],
         [
             [kind, ggml.BLOCKS[kind].bits_per_value, error, KNOWN_ERRORS.get(kind, "-")]
@@ -276,6 +238,10 @@ def errors_of_the_blocks(lab: Lab) -> Verdict:
     k_quants = ["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"]
     return lab.judge(
         checks={
+            "the table has the published sizes": all(
+                (ggml.BLOCKS[kind].bytes, ggml.BLOCKS[kind].values) == sizes for kind, sizes in SIZES.items()
+            ),
+            "what is written has them": all(size == SIZES[kind][0] for kind, size in written.items()),
             "every error is that of the reference, to 1%": all(
                 abs(errors[kind] / known - 1) < close for kind, known in KNOWN_ERRORS.items()
             ),
@@ -302,7 +268,7 @@ def errors_of_the_blocks(lab: Lab) -> Verdict:
 )
 def file_round_trip(lab: Lab) -> Verdict:
     """Write one tensor of every type and metadata of every kind, read them, and write what was read again."""
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     tensors = {f"blk.0.{kind}": (torch.randn(5, 256, generator=draws), kind) for kind in ggml.WRITABLE}
     metadata: dict[str, object] = {
         "general.architecture": "llama",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from paperworks.compress.calibration.ldlq import feedback_factor, ldlq, proxy_loss
 from paperworks.compress.formats.incoherence import incoherence, kronecker_rotation
 from paperworks.compress.formats.quip import QuIP
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
-from paperworks.papers.quantization._calibrated_layers import calibrated_layers, geometric_mean
+from paperworks.lab import Beats, Lab, Paper, Verdict, Within
+from paperworks.papers.quantization._calibrated_layers import ENERGY, energy_lost
+from paperworks.papers.quantization._rounded_model import bench
 from paperworks.testbeds.smollm2 import PROVENANCE
 
 paper = Paper(
@@ -29,105 +31,90 @@ paper = Paper(
         "paperworks.compress.calibration.ldlq.ldlq",
         "paperworks.compress.formats.incoherence.kronecker_rotation",
     ),
+    equation=r"\tilde W = U W V^\top, \quad \tilde H = V H V^\top = (\dot U + I) D (\dot U + I)^\top, \quad "
+    r"\hat W_k = Q\left( \tilde W_k + (\tilde W_{<k} - \hat W_{<k}) \dot U_k \right)",
+    usage="""
+import torch
+from paperworks import compress
+
+torch.manual_seed(0)
+texts = [torch.randn(256, 64) @ torch.randn(64, 576) for _ in range(4)]  # inputs that correlate
+for format in (compress.GPTQ(bits=2, group=None), compress.QuIP(bits=2)):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(576, 192))
+    model[0].weight.data = torch.distributions.StudentT(3.0).sample((192, 576))  # heavy tails
+    exact = model(texts[0])
+    out = compress.apply(model, format, calibration=texts)(texts[0])
+    print(type(format).__name__, "error", ((out - exact).norm() / exact.norm()).item())
+""",
+    notes="The rotations are products of two small orthogonal matrices. Scored by the error of layers.",
 )
 
 
 @paper.claim(
     "At two bits incoherence processing loses less than half of what GPTQ loses",
     paper="Tables 1 and 2: at 2 bits OPTQ (GPTQ) breaks down where QuIP stays usable; at 4 bits they are close",
-    control="GPTQ and plain rounding with a grid a row, and QuIP without its rotations and rescaling",
+    control="QuIP without its rotations and rescaling; and GPTQ with a grid a row",
+    reach="real",
 )
 def loses_less_than_gptq(lab: Lab) -> Verdict:
     """Round layers of SmolLM2 by each method and compare the output errors on text."""
-    layers, words = calibrated_layers(lab)
-    found: dict[str, list[float]] = {}
-    for layer in lab.track(layers, "layers"):
-        for bits in (2, 4):
-            for name, value in (
-                ("plain rounding", layer.loss_by_row(bits, feedback=False)),
-                ("GPTQ", layer.loss_by_row(bits, feedback=True)),
-                ("QuIP without processing", layer.loss_in(QuIP(bits=bits, processing=False))),
-                ("QuIP", layer.loss_in(QuIP(bits=bits))),
-            ):
-                found.setdefault(f"{name}, {bits} bits", []).append(value)
-    mean = {name: geometric_mean(values) for name, values in found.items()}
-    _draw_losses(lab, mean)
-    lab.table(
-        "Share of the output's energy lost, geometric mean over the layers",
-        ["method", "2 bits", "4 bits"],
-        [
-            [name, mean[f"{name}, 2 bits"], mean[f"{name}, 4 bits"]]
-            for name in ("plain rounding", "GPTQ", "QuIP without processing", "QuIP")
+    bed = bench(lab, blocks=(0, 14))
+    ours, plain, gptq, nearest = "QuIP", "QuIP without processing", "GPTQ", "round to nearest"
+    verdict = lab.compare(
+        arms={
+            ours: energy_lost(bed, QuIP(bits=2)),
+            plain: energy_lost(bed, QuIP(bits=2, processing=False)),
+            gptq: energy_lost(bed, lambda layer: layer.loss_by_row(2, feedback=True)),
+            nearest: energy_lost(bed, lambda layer: layer.loss_by_row(2, feedback=False)),
+        },
+        main=Beats(ours, plain, on=ENERGY, by_ratio=0.5, lower=True),
+        also=[
+            Beats(ours, gptq, on=ENERGY, by_ratio=0.5, lower=True),
+            Beats(gptq, nearest, on=ENERGY, lower=True),
         ],
+        seeds=3,
+        note=PROVENANCE + f"All linear layers of blocks 0 and 14, two bits; inputs from {bed.calibrated} windows of "
+        f"{bed.length} tokens drawn by the seed, in the model as loaded.",
     )
-    ratio = {bits: mean[f"GPTQ, {bits} bits"] / mean[f"QuIP, {bits} bits"] for bits in (2, 4)}
-    return lab.judge(
-        checks={
-            "GPTQ loses at least twice as much at 2 bits": ratio[2] >= 2,
-            "and less than plain rounding": mean["GPTQ, 2 bits"] < mean["plain rounding, 2 bits"],
-            "without processing QuIP loses more": mean["QuIP without processing, 2 bits"] > mean["QuIP, 2 bits"],
-            "at 4 bits the gain is smaller": ratio[4] < ratio[2],
-        },
-        measured={
-            "loss, QuIP, 2 bits": mean["QuIP, 2 bits"],
-            "GPTQ over QuIP, 2 bits": ratio[2],
-            "GPTQ over QuIP, 4 bits": ratio[4],
-            "layers": len(layers),
-        },
-        control={
-            "loss, GPTQ, 2 bits": mean["GPTQ, 2 bits"],
-            "loss, plain rounding, 2 bits": mean["plain rounding, 2 bits"],
-            "loss, QuIP without processing, 2 bits": mean["QuIP without processing, 2 bits"],
-        },
-        note=PROVENANCE + f"All linear layers of blocks 0, 14 and 29; inputs from {words}, of the model as loaded.",
-    )
-
-
-def _draw_losses(lab: Lab, mean: dict[str, float]) -> None:
-    with lab.figure("losses", figsize=(7.6, 2.8)) as figure:
-        axes = figure.subplots()
-        names = ["QuIP", "QuIP without processing", "GPTQ", "plain rounding"]
-        values = [mean[f"{name}, 2 bits"] for name in names]
-        colors = [COLORS[0] if name == "QuIP" else CONTROL for name in names]
-        bars = axes.barh(names, values, color=colors, height=0.62)
-        axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=5, color=INK)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.margins(x=0.14)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_title("Output energy of SmolLM2's layers that rounding to 2 bits loses")
+    lab.points(ENERGY, log=True, title="Share of the outputs' energy lost at two bits, mean over layers")
+    return verdict
 
 
 @paper.claim(
     "Random rotations take the outliers out of heavy-tailed weights",
     paper="Section 4.1 and Lemma 5: after multiplication by random orthogonal matrices W is incoherent with high "
     "probability",
-    control="normal weights, which have no outliers to lose",
+    control="the same weights as they are; and normal weights, which have no outliers to lose",
 )
 def rotations_remove_outliers(lab: Lab) -> Verdict:
     """Turn a matrix of Student's t with 3 degrees of freedom and one of normal numbers; compare largest magnitudes."""
-    torch.manual_seed(lab.seed)
     size = lab.pick(smoke=64, small=256)
-    falls = {
-        name: incoherence(weight) / incoherence(_turned(weight))
-        for name, weight in (
-            ("heavy", torch.distributions.StudentT(3.0).sample((size, size))),
-            ("normal", torch.randn(size, size)),
-        )
-    }
-    return lab.judge(
-        checks={
-            "the largest weight falls by at least 2": falls["heavy"] >= 2,
-            "that of normal weights stays within a quarter": abs(falls["normal"] - 1) < 0.25,
-        },
-        measured={"fall of the largest weight": falls["heavy"], "size": size},
-        control={"fall of the largest normal weight": falls["normal"]},
+
+    def arm(turn: Callable[[Tensor, int], Tensor]) -> Callable[[int], dict[str, float]]:
+        def largest(seed: int) -> dict[str, float]:
+            heavy = torch.distributions.StudentT(3.0).sample((size, size))
+            normal = torch.randn(size, size, generator=lab.generator(seed))
+            return {
+                "incoherence, heavy tails": float(incoherence(turn(heavy, seed))),
+                "incoherence, normal": float(incoherence(turn(normal, seed))),
+            }
+
+        return largest
+
+    return lab.compare(
+        arms={"turned": arm(_turned), "as they are": arm(lambda weight, _: weight)},
+        main=Beats("turned", "as they are", on="incoherence, heavy tails", by_ratio=0.5, lower=True),
+        also=[Within("turned", "as they are", on="incoherence, normal", by_ratio=0.25)],
+        seeds=10,
+        note="Incoherence is the largest magnitude, in root mean squares of the matrix.",
     )
 
 
-def _turned(weight: Tensor) -> Tensor:
+def _turned(weight: Tensor, seed: int) -> Tensor:
     rows, columns = weight.shape
-    return kronecker_rotation(rows, 1).apply(kronecker_rotation(columns, 0).apply(weight).T).T
+    turned = kronecker_rotation(columns, 2 * seed).apply(weight)
+    return kronecker_rotation(rows, 2 * seed + 1).apply(turned.T).T
 
 
 @paper.claim(
@@ -138,7 +125,7 @@ def _turned(weight: Tensor) -> Tensor:
 def equals_gptq(lab: Lab) -> Verdict:
     """Round without clamping by both algorithms in float64; compare every code, and the mean losses with the traces."""
     columns, rows = 64, lab.pick(smoke=2000, small=20_000)
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     x = torch.randn(400, columns, generator=draws, dtype=torch.float64)
     x = x * torch.logspace(0, -1.5, columns, dtype=torch.float64)
     x = x @ torch.randn(columns, columns, generator=draws, dtype=torch.float64)

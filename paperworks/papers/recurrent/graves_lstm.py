@@ -165,7 +165,7 @@ def _read(model: HandwritingModel, strokes: Strokes) -> dict[str, float]:
 )
 def writes_digits(lab: Lab) -> Verdict:
     """Strings of 2 to 4 digits as polylines, 30% of the points missed by the tablet; scored on unseen hands."""
-    steps, judged = lab.pick(smoke=(2, 4), small=(400, 200))
+    steps, judged = lab.pick(smoke=(2, 4), small=(300, 200))
     models: dict[str, HandwritingModel] = {}  # of the last seed
 
     def arm(name: str, components: int) -> Callable[[int], dict[str, float]]:

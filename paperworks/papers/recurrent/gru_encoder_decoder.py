@@ -182,7 +182,7 @@ def _right(lab: Lab, model: Seq2SeqModel, count: int, seed: int) -> list[float]:
 )
 def falls_with_length(lab: Lab) -> Verdict:
     """Reverse sentences of up to 20 different words of 26; the arms differ in one field, what stands at `cross`."""
-    steps, judged = lab.pick(smoke=(2, 3), small=(1700, 200))
+    steps, judged = lab.pick(smoke=(2, 3), small=(1350, 200))
 
     def arm(cross: Mixer) -> Callable[[int], dict[str, float | list[float]]]:
         def measures(seed: int) -> dict[str, float | list[float]]:

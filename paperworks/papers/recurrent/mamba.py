@@ -104,9 +104,9 @@ def sizes_and_scans(lab: Lab) -> Verdict:
     control="Delta, B and C learned but the same for every token; gate and convolution kept",
 )
 def selection_copies(lab: Lab) -> Verdict:
-    """Four tokens of eight, scattered over 24 places, are to be said in order; two layers of width 64."""
-    task = SelectiveCopying()
-    steps, every, rows = lab.pick(smoke=(4, 2, 8), small=(550, 50, 256))
+    """Three tokens of eight, scattered over 16 places, are to be said in order; two layers of width 64."""
+    task = SelectiveCopying(count=3, spread=16)
+    steps, every, rows = lab.pick(smoke=(4, 2, 8), small=(450, 50, 256))
 
     def arm(mixer: Mamba) -> Callable[[int], Metrics]:
         def measures(seed: int) -> Metrics:
@@ -141,7 +141,7 @@ def induction_extrapolates(lab: Lab) -> Verdict:
     """One special token was followed by an answer; at its second appearance the answer is to be said."""
     lengths = lab.pick(smoke=(32, 64), small=(32, 64, 128, 256, 512))
     task = InductionHeads(length=lengths[0])
-    steps, rows = lab.pick(smoke=(4, 8), small=(800, 256))
+    steps, rows = lab.pick(smoke=(4, 8), small=(550, 256))
 
     def arm(mixer: Mamba) -> Callable[[int], Metrics]:
         def measures(seed: int) -> Metrics:

@@ -245,7 +245,7 @@ def reads_digits(lab: Lab) -> Verdict:
 )
 def needs_hippo(lab: Lab) -> Verdict:
     """Drawn digits of 256 pixels, one a token; the last token answers, and must have all of them in memory."""
-    edge, steps = lab.pick(smoke=(6, 2), small=(16, 300))
+    edge, steps = lab.pick(smoke=(6, 2), small=(16, 250))
 
     def arm(mixer: S4) -> Callable[[int], dict[str, float]]:
         def right(seed: int) -> dict[str, float]:
@@ -275,7 +275,7 @@ LAG = 500
 def delays_a_signal(lab: Lab) -> Verdict:
     """Noise without periods below 50 steps, 1,000 steps of it; one layer of width 32; squared error, 1 for saying 0."""
     lag, time = lab.pick(smoke=(24, 48), small=(LAG, 2 * LAG))
-    steps, every, rows = lab.pick(smoke=(2, 1, 4), small=(400, 25, 64))
+    steps, every, rows = lab.pick(smoke=(2, 1, 4), small=(350, 25, 64))
 
     def loss(model: nn.Module, signal: Tensor) -> tuple[Tensor, int]:
         error = model(signal)[:, lag:, 0] - signal[:, :-lag]

@@ -200,7 +200,7 @@ class Predictor(nn.Module):
 def fits_fresh_maps(lab: Lab) -> Verdict:
     """In-context regression: 64 examples of a linear map of 8 numbers to 4, a fresh one in each row."""
     task = Regression(length=lab.pick(smoke=24, small=64))
-    steps, rows = lab.pick(smoke=(3, 8), small=(800, 512))
+    steps, rows = lab.pick(smoke=(3, 8), small=(600, 512))
     half, quarter = task.length // 2, task.length // 4
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:

@@ -196,7 +196,7 @@ def _spec(task: Task, mixer: Mixer, dim: int, depth: int = 2, ratio: float | Non
 )
 def slstm_tracks_parity(lab: Lab) -> Verdict:
     """Width 32, trained on 40 random bits; then bits 41 to 160 of longer rows."""
-    steps, rows, length = lab.pick(smoke=(3, 4, 64), small=(300, 128, 160))
+    steps, rows, length = lab.pick(smoke=(3, 4, 64), small=(230, 128, 160))
     task = Parity()
     places = list(range(task.length, length + 1, 24))
 
@@ -244,7 +244,7 @@ def slstm_tracks_parity(lab: Lab) -> Verdict:
 )
 def mlstm_recalls_pairs(lab: Lab) -> Verdict:
     """Pairs of 32 keys and 32 values, then all keys again in another order; two layers of width 64."""
-    steps, rows = lab.pick(smoke=(3, 8), small=(400, 256))
+    steps, rows = lab.pick(smoke=(3, 8), small=(350, 256))
     task = AssociativeRecall(keys=32, values=32, pairs=lab.pick(smoke=4, small=12))
 
     def arm(mixer: Mixer) -> Callable[[int], dict[str, float]]:

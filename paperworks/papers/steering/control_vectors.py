@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from paperworks import api, interpret
 from paperworks.checkpoints.control_vectors import load_control_vector, save_control_vector
 from paperworks.generation.prompts import left_pad
 from paperworks.interpret import ControlVector
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL, INK
+from paperworks.lab import AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel
 from paperworks.nn import Placement
 
@@ -42,6 +41,27 @@ paper = Paper(
         "paperworks.interpret.steering.vectors.pca_difference",
         "paperworks.checkpoints.control_vectors.save_control_vector",
     ),
+    equation=r"x_l \leftarrow x_l + s \, v_l, \qquad v_l = \text{top eigenvector of } \textstyle\sum_i d_i d_i^\top, "
+    r"\quad d_i = h_l(\text{text}_i^+) - h_l(\text{text}_i^-)",
+    usage="""
+import paperworks as pw
+import torch
+from paperworks import interpret
+
+model = pw.load("smollm2")
+loud, quiet = ["THE SEA IS", "MY CAT SLEEPS", "WE WENT HOME"], ["the sea is", "my cat sleeps", "we went home"]
+path = "blocks.15"
+
+def states(texts):
+    return interpret.last_token_activations(model, [model.tokenizer.encode(text) for text in texts], [path])
+
+vector = interpret.control_vector(states(loud), states(quiet), method="pca_difference")
+with vector.apply(model, 6.0):
+    print(pw.generate(model, "Tell me about your day.", max_new_tokens=8, temperature=0.0))
+""",
+    notes="SmolLM2-135M takes up simple controls only, such as capitals, and writes gibberish from strength 16 on. "
+    "The file of its weights is 4-bit, decoded. Strength 4 is where steering begins: in one of three draws it was too "
+    "weak, while at strength 8 more than 60% of the letters were capitals in each.",
 )
 
 STEERED = [f"blocks.{index}" for index in range(7, 20)]  # the outputs of blocks 8 to 20 of 30, counted from 1
@@ -66,14 +86,13 @@ QUESTIONS = (
     *("What should I cook tonight?", "Tell me a story about a cat.", "How does a bicycle stay upright?"),
     *("Give me advice for a job interview.", "What is a computer?", "Describe your favourite season."),
 )
-STRENGTHS = (0, 1, 2, 4, 8, 12, 16)
-BLIND_STRENGTHS = (4, 8, 16)  # of the random directions
-WORKING = (4, 8)  # the strengths at which the claim is made
+STRENGTH = 4.0  # at which the text is written
+STRENGTHS = (1.0, 4.0, 8.0)  # at which the first word is looked at
 
 
-def _suffixes(lab: Lab) -> list[str]:
-    cuts = lab.pick(smoke=CUTS[:1], small=CUTS)
-    return [" ".join(sentence.split()[:cut]) for sentence in SENTENCES for cut in cuts]
+@cache
+def _model(device: str) -> DecoderModel:
+    return api.load("smollm2", device=device)
 
 
 def _prompt(model: DecoderModel, persona: str, suffix: str) -> str:
@@ -82,34 +101,34 @@ def _prompt(model: DecoderModel, persona: str, suffix: str) -> str:
     return api.chat_prompt(model, messages) + suffix
 
 
-def _pairs(lab: Lab, model: DecoderModel, *, same_suffix: bool = False) -> tuple[list[str], list[str]]:
-    """Return paired texts: capitals and small letters, or, with `same_suffix`, only the persona's words differ."""
-    suffixes = _suffixes(lab)
-    loud = [_prompt(model, PERSONAS[0], text if same_suffix else text.upper()) for text in suffixes]
-    quiet = [_prompt(model, PERSONAS[1], text if same_suffix else text.lower()) for text in suffixes]
+def _pairs(lab: Lab, seed: int, *, same_text: bool = False) -> tuple[list[str], list[str]]:
+    """Paired texts of some of the suffixes: capitals and small letters, or only the words of the persona differ."""
+    model, count = _model(lab.device), lab.pick(smoke=6, small=12)
+    every = [" ".join(sentence.split()[:cut]) for sentence in SENTENCES for cut in CUTS]
+    suffixes = [every[row] for row in torch.randperm(len(every), generator=lab.generator(seed))[:count].tolist()]
+    loud = [_prompt(model, PERSONAS[0], text if same_text else text.upper()) for text in suffixes]
+    quiet = [_prompt(model, PERSONAS[1], text if same_text else text.lower()) for text in suffixes]
     return loud, quiet
 
 
 @torch.inference_mode()
-def _last_states(
-    model: DecoderModel, texts: Sequence[str], paths: Sequence[str]
-) -> dict[str, Float[Tensor, "texts dim"]]:
-    """Return the outputs of some modules at the last token of each text, in left-padded batches."""
+def _last_states(model: DecoderModel, texts: Sequence[str]) -> dict[str, Float[Tensor, "texts dim"]]:
+    """Outputs of the steered blocks at the last token of each text, in left-padded batches."""
     tokenizer: Any = model.tokenizer
-    parts: dict[str, list[Tensor]] = {path: [] for path in paths}
+    parts: dict[str, list[Tensor]] = {path: [] for path in STEERED}
     for start in range(0, len(texts), 16):
         prompts = [tokenizer.encode(text) for text in texts[start : start + 16]]
         tokens, segments = left_pad(prompts, model.device)
-        with interpret.record(model, list(paths)) as seen:
+        with interpret.record(model, STEERED) as seen:
             model.hidden(tokens, Placement(segments=segments))
-        for path in paths:
+        for path in STEERED:
             parts[path].append(seen[path][:, -1].clone())
     return {path: torch.cat(values) for path, values in parts.items()}
 
 
-def _vector(lab: Lab, model: DecoderModel, *, same_suffix: bool = False) -> ControlVector:
-    loud, quiet = _pairs(lab, model, same_suffix=same_suffix)
-    states = _last_states(model, loud + quiet, STEERED)
+def _vector(lab: Lab, seed: int, *, same_text: bool = False) -> ControlVector:
+    loud, quiet = _pairs(lab, seed, same_text=same_text)
+    states = _last_states(_model(lab.device), loud + quiet)
     return interpret.control_vector(
         {path: rows[: len(loud)] for path, rows in states.items()},
         {path: rows[len(loud) :] for path, rows in states.items()},
@@ -117,183 +136,143 @@ def _vector(lab: Lab, model: DecoderModel, *, same_suffix: bool = False) -> Cont
     )
 
 
-def _random_vector(lab: Lab, like: ControlVector) -> ControlVector:
+def _random_vector(lab: Lab, seed: int) -> ControlVector:
     """Unit vectors in random directions, at the same places."""
-    draws = torch.Generator().manual_seed(lab.seed)
-    drawn = {path: torch.randn(len(value), generator=draws) for path, value in like.directions.items()}
-    return ControlVector({path: (value / value.norm()).to(like.directions[path]) for path, value in drawn.items()})
+    drawn = torch.randn(len(STEERED), _model(lab.device).spec.dim, generator=lab.generator(seed)).to(lab.device)
+    return ControlVector({path: row / row.norm() for path, row in zip(STEERED, drawn, strict=True)})
 
 
 def _capitals(texts: Sequence[str]) -> float:
-    """Return the share of upper-case letters among all letters."""
+    """Share of upper-case letters among all letters."""
     letters = [character for text in texts for character in text if character.isalpha()]
     return sum(character.isupper() for character in letters) / len(letters) if letters else 0.0
 
 
-def _capital_tokens(model: DecoderModel) -> Tensor:
-    """Mark the tokens that are words in capitals, of two letters or more."""
-    tokenizer: Any = model.tokenizer
+@cache
+def _capital_tokens(device: str) -> Tensor:
+    """Marks of the tokens that are words in capitals, of two letters or more."""
+    tokenizer: Any = _model(device).tokenizer
     words = [tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size)]
-    marked = [len(word) > 1 and word.isalpha() and word.isupper() for word in words]
-    return torch.tensor(marked, device=model.device)
+    return torch.tensor([len(word) > 1 and word.isalpha() and word.isupper() for word in words], device=device)
 
 
-def _answers(lab: Lab, model: DecoderModel, vector: ControlVector, strength: float) -> list[str]:
-    """Answer the questions greedily under a vector."""
-    prompts = _questions(lab, model)
-    with vector.apply(model, strength):
-        return api.generate(model, prompts, max_new_tokens=lab.pick(smoke=3, small=24), temperature=0.0)
-
-
-def _questions(lab: Lab, model: DecoderModel) -> list[str]:
-    asked = lab.pick(smoke=QUESTIONS[:2], small=QUESTIONS)
-    return [api.chat_prompt(model, [{"role": "user", "content": question}]) for question in asked]
+def _questions(lab: Lab, seed: int) -> list[str]:
+    """Some of the questions, as prompts; every seed has its own."""
+    rows = torch.randperm(len(QUESTIONS), generator=lab.generator(1000 + seed))[: lab.pick(smoke=2, small=4)].tolist()
+    model = _model(lab.device)
+    return [api.chat_prompt(model, [{"role": "user", "content": QUESTIONS[row]}]) for row in rows]
 
 
 @torch.inference_mode()
-def _loud_beginnings(lab: Lab, model: DecoderModel, vector: ControlVector, strength: float) -> float:
-    """Return the model's chance of beginning an answer with a word in capitals, mean of all questions."""
+def _first_word(lab: Lab, seed: int, vector: ControlVector, strength: float) -> float:
+    """Chance that an answer begins with a word in capitals, mean over the questions."""
+    model = _model(lab.device)
     tokenizer: Any = model.tokenizer
-    tokens, segments = left_pad([tokenizer.encode(prompt) for prompt in _questions(lab, model)], model.device)
+    tokens, segments = left_pad([tokenizer.encode(prompt) for prompt in _questions(lab, seed)], model.device)
     with vector.apply(model, strength):
         chances = model(tokens, Placement(segments=segments), last=1)[:, -1].softmax(dim=-1)
-    return float(chances[:, _capital_tokens(model)].sum(dim=-1).mean())
+    return float(chances[:, _capital_tokens(lab.device)].sum(dim=-1).mean())
+
+
+def _answers(lab: Lab, seed: int, vector: ControlVector, strength: float) -> list[str]:
+    """Greedy answers to the questions under a vector."""
+    model, length = _model(lab.device), lab.pick(smoke=3, small=12)
+    with vector.apply(model, strength):
+        return api.generate(model, _questions(lab, seed), max_new_tokens=length, temperature=0.0)
 
 
 @paper.claim(
     "Adding one direction makes SmolLM2 answer in capitals, with no training and no prompt",
     paper="repeng: a control vector from contrasting pairs, found in under a minute, changes how a model writes, more "
-    "the stronger it is; all-caps is the control that its users report to work on small models",
+    "the stronger it is",
     control="random directions of the same length in the same layers",
+    reach="real",
     tour=4,
 )
 def steers_to_capitals(lab: Lab) -> Verdict:
-    """Measure the share of capitals at rising strengths of the vector and of a random one, and show the texts."""
-    model = api.load("smollm2", device=lab.device)
-    vector = _vector(lab, model)
-    random = _random_vector(lab, vector)
-    strengths = lab.pick(smoke=(0, 4), small=STRENGTHS)
-    blind_strengths = [value for value in BLIND_STRENGTHS if value in strengths]
-    texts, chances, blind = {}, {}, {}
-    for strength in lab.track(strengths, "the control vector"):
-        texts[strength] = _answers(lab, model, vector, strength)
-        chances[strength] = _loud_beginnings(lab, model, vector, strength)
-    for strength in lab.track(blind_strengths, "a random direction"):
-        blind[strength] = _answers(lab, model, random, strength)
-    reversed_texts = _answers(lab, model, -vector, 4)
-    share = {strength: _capitals(written) for strength, written in texts.items()}
-    blind_share = {strength: _capitals(written) for strength, written in blind.items()}
-    _draw_shares(lab, share, {0: share[0], **blind_share})
-    shown = [value for value in WORKING if value in share]
-    best = max(shown, key=lambda value: share[value])
-    lab.table(
-        "What SmolLM2 answers, greedily",
-        ["question", "unchanged", *(f"+{value} times the vector" for value in shown), "-4 times the vector"],
-        [
-            [
-                question,
-                *(written[row].strip() for written in (texts[0], *(texts[value] for value in shown), reversed_texts)),
-            ]
-            for row, question in enumerate(QUESTIONS[: min(4, len(texts[0]))])
+    """Measure the share of capitals in what the model writes, and the chance of a first word in capitals."""
+
+    def arm(name: str, find: Callable[[Lab, int], ControlVector]) -> Callable[[int], dict[str, Any]]:
+        def measured(seed: int) -> dict[str, Any]:
+            vector = find(lab, seed)
+            written = _answers(lab, seed, vector, STRENGTH)
+            if seed == lab.seed:
+                lab.text(f"Answers, {name}", "\n\n".join(written))
+            chances = [_first_word(lab, seed, vector, value) for value in STRENGTHS]
+            return {
+                "share of capitals": _capitals(written),
+                "strength": list(STRENGTHS),
+                "chance of a first word in capitals": chances,
+                "first word in capitals, strength 8 over 1": chances[-1] / chances[0],
+            }
+
+        return measured
+
+    steered, blind = "control vector", "random directions"
+    verdict = lab.compare(
+        arms={steered: arm(steered, _vector), blind: arm(blind, _random_vector)},
+        main=Beats(steered, blind, on="share of capitals", by=0.3),
+        also=[
+            AtMost(blind, 0.1, on="share of capitals"),
+            Beats(steered, blind, on="first word in capitals, strength 8 over 1", by=1.0),
         ],
+        seeds=3,
+        note="12 pairs of half-written answers; unit vectors added to the outputs of blocks 8 to 20 at every position, "
+        f"strength {STRENGTH:g}; 4 questions, 12 tokens each, greedy. The seed draws pairs, questions and random "
+        "directions.",
     )
-    rising = [chance for strength, chance in chances.items() if strength <= 8]
-    most_blind = max(value for strength, value in blind_share.items() if strength in WORKING)
-    return lab.judge(
-        checks={
-            "more than 40% capitals at strength 4 or 8": share[best] > 0.4,
-            "less than 10% without the vector": share[0] < 0.1,
-            "less than 10% with random directions at 4 and 8": most_blind < 0.1,
-            "the chance of a first word in capitals rises with every step up to 8": all(
-                low < high for low, high in pairwise(rising)
-            ),
-        },
-        measured={
-            "share of capitals, best of 4 and 8": share[best],
-            "share of capitals, unchanged": share[0],
-            "share of capitals, reversed at 4": _capitals(reversed_texts),
-            "strengths": list(strengths),
-            "share of capitals at each": [round(value, 3) for value in share.values()],
-            "chance of a first word in capitals at each": [round(value, 4) for value in chances.values()],
-        },
-        control={
-            "share of capitals, most of 4 and 8": most_blind,
-            "strengths": blind_strengths,
-            "share of capitals at each": [round(value, 3) for value in blind_share.values()],
-        },
-        note=f"{len(_suffixes(lab))} pairs of half-written answers; unit vectors added to the outputs of blocks 8 to "
-        f"20 at every position; {len(texts[0])} questions, 24 tokens each.",
-    )
-
-
-def _draw_shares(lab: Lab, share: dict[int, float], blind: dict[int, float]) -> None:
-    with lab.figure("capitals", figsize=(7.6, 3.5)) as figure:
-        axes = figure.subplots()
-        axes.plot(list(blind), list(blind.values()), color=CONTROL, marker="s", label="random direction (control)")
-        axes.plot(list(share), list(share.values()), color=COLORS[0], marker="o", label="control vector")
-        axes.axhline(0.4, color=INK, linewidth=0.8, linestyle=":")
-        axes.text(0, 0.42, "what the claim asks for", fontsize=9)
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_xticks(list(share))
-        axes.set_xlabel("strength: times the unit vector, added in 13 layers")
-        axes.set_title("Share of capital letters in what SmolLM2 answers")
-        axes.legend(loc="upper right")
+    lab.curves("chance of a first word in capitals", x="strength", name="capitals")
+    return verdict
 
 
 @paper.claim(
     "The pairs must differ in the text itself: the persona alone does not steer so small a model",
-    paper="repeng's recipe lets only the persona differ and needs a larger model; the seed author's experiment "
-    "succeeded with simple controls on Llama 3 8B",
+    paper="repeng's recipe lets only the persona differ and needs a larger model",
     control="the same suffix in both personas, everything else alike",
+    reach="real",
 )
 def pairs_must_differ_in_the_text(lab: Lab) -> Verdict:
     """Find the vector from pairs with and without the suffix rewritten, and compare what they do."""
-    model = api.load("smollm2", device=lab.device)
-    strengths = lab.pick(smoke=(4,), small=(4, 8, 16))
-    rewritten, shared = _vector(lab, model), _vector(lab, model, same_suffix=True)
-    ours, other = (
-        {strength: _capitals(_answers(lab, model, vector, strength)) for strength in lab.track(used, name)}
-        for vector, used, name in (
-            (rewritten, strengths[:2], "suffix rewritten"),
-            (shared, strengths, "suffix shared"),
-        )
-    )
-    alike = [torch.dot(rewritten.directions[path], shared.directions[path]).item() for path in rewritten.directions]
-    return lab.judge(
-        checks={
-            "more than 40% capitals with the suffix rewritten": max(ours.values()) > 0.4,
-            "less than 10% with the persona alone, up to 16": max(other.values()) < 0.1,
-        },
-        measured={
-            "share of capitals": [round(value, 3) for value in ours.values()],
-            "strengths": list(ours),
-        },
-        control={
-            "share of capitals": [round(value, 3) for value in other.values()],
-            "strengths": list(other),
-            "cosine with the working vector, mean of 13 layers": sum(alike) / len(alike),
-        },
+
+    def arm(same_text: bool) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            vector = _vector(lab, seed, same_text=same_text)
+            return {
+                f"share of capitals, strength {strength:g}": _capitals(_answers(lab, seed, vector, strength))
+                for strength in (STRENGTH, 2 * STRENGTH)
+            }
+
+        return measured
+
+    rewritten, shared = "suffix rewritten", "suffix shared"
+    at = f"share of capitals, strength {STRENGTH:g}"
+    return lab.compare(
+        arms={rewritten: arm(False), shared: arm(True)},
+        main=Beats(rewritten, shared, on=at, by=0.3),
+        also=[Beats(rewritten, shared, on=f"share of capitals, strength {2 * STRENGTH:g}")],
+        seeds=3,
+        note="As above. A larger model may need no rewritten suffix; only SmolLM2-135M was tried.",
     )
 
 
 @paper.claim(
     "Control vectors add, subtract and scale; no vector and strength 0 leave the model as it is",
-    paper="repeng: control vectors are linear: they can be added, subtracted, negated and scaled; reset() restores the "
-    "model",
+    paper="repeng: control vectors can be added, subtracted, negated and scaled; reset() restores the model",
     kind="exact",
 )
 def algebra_is_linear(lab: Lab) -> Verdict:
-    """Check the algebra of stored directions, the identity of the model, and where steering leaves off."""
-    model = api.load("smollm2", device=lab.device)
-    vector = _vector(lab, model)
-    other = _random_vector(lab, vector)
+    """Check the algebra, the identity of the model, PCA in float64 by another route, and where steering stops."""
+    model = _model(lab.device)
+    loud, quiet = _pairs(lab, lab.seed)
+    states = _last_states(model, loud + quiet)
+    vector, other = _vector(lab, lab.seed), _random_vector(lab, lab.seed)
     norms = [value.norm().item() for value in vector.directions.values()]
     nothing = vector - vector
     sum_then_scale, scale_then_sum = 3.0 * (vector + other), 3.0 * vector + 3.0 * other
     apart = max(
         (sum_then_scale.directions[path] - scale_then_sum.directions[path]).abs().max().item() for path in STEERED
     )
+    cosines = [_centred_cosine(rows[: len(loud)].double(), rows[len(loud) :].double()) for rows in states.values()]
     model_unmoved, restored, linear = _effects(model, vector)
     return lab.judge(
         checks={
@@ -305,19 +284,29 @@ def algebra_is_linear(lab: Lab) -> Verdict:
             "after steering every bit is back": restored,
             # A residual stream of up to a few hundred in float32.
             "what is added to one block is strength times v, to 1e-3": linear < 1e-3,
+            "pca_center has the same direction in every layer: cosine above 1 - 1e-9": min(cosines) > 1 - 1e-9,
         },
         measured={
             "length, largest difference from 1": max(abs(norm - 1) for norm in norms),
             "largest difference of 3 (v + w)": apart,
             "largest difference of what was added": linear,
-            "layers": len(norms),
+            "least cosine with pca_center": min(cosines),
         },
     )
 
 
+def _centred_cosine(positive: Tensor, negative: Tensor) -> float:
+    """Cosine of our direction with the principal component of pairs centred on their midpoints."""
+    middle = (positive + negative) / 2
+    both = torch.cat([positive - middle, negative - middle])
+    # PCA centres its rows; here their mean is zero already, which is the point.
+    theirs = torch.linalg.svd(both - both.mean(dim=0), full_matrices=False).Vh[0]
+    return torch.dot(interpret.pca_difference(positive, negative), theirs).abs().item()
+
+
 @torch.inference_mode()
 def _effects(model: DecoderModel, vector: ControlVector) -> tuple[bool, bool, float]:
-    """Return whether strength 0 and leaving the context change nothing, and how far from 4 v the first block moves."""
+    """Whether strength 0 and leaving the context change nothing, and how far from 4 v the first block moves."""
     first = STEERED[0]
     tokens = torch.arange(100, 116, device=model.device)[None]
     with interpret.record(model, [first]) as before:
@@ -332,48 +321,13 @@ def _effects(model: DecoderModel, vector: ControlVector) -> tuple[bool, bool, fl
 
 
 @paper.claim(
-    "Pairs centred on their midpoints have the principal component of the uncentred differences",
-    paper="repeng, method pca_center: each pair's midpoint is subtracted and PCA is run on both sides",
-    kind="exact",
-)
-def centred_pca_is_the_second_moment(lab: Lab) -> Verdict:
-    """Compare the routes on the hidden states of SmolLM2, in float64."""
-    model = api.load("smollm2", device=lab.device)
-    loud, quiet = _pairs(lab, model)
-    states = _last_states(model, loud + quiet, STEERED)
-    cosines, moment_cosines = [], []
-    for rows in states.values():
-        positive, negative = rows[: len(loud)].double(), rows[len(loud) :].double()
-        ours = interpret.pca_difference(positive, negative)
-        middle = (positive + negative) / 2
-        both = torch.cat([positive - middle, negative - middle])
-        # PCA centres its rows; here their mean is zero already, which is the point.
-        theirs = torch.linalg.svd(both - both.mean(dim=0), full_matrices=False).Vh[0]
-        differences = positive - negative
-        moment = torch.linalg.eigh(differences.T @ differences).eigenvectors[:, -1]
-        cosines.append(torch.dot(ours, theirs).abs().item())
-        moment_cosines.append(torch.dot(ours, moment).abs().item())
-    return lab.judge(
-        checks={
-            "the same direction in every layer: cosine above 1 - 1e-9": min(cosines) > 1 - 1e-9,
-            "and the top eigenvector of the sum of d d^T, likewise": min(moment_cosines) > 1 - 1e-9,
-        },
-        measured={
-            "least cosine": min(cosines),
-            "least cosine with the eigenvector": min(moment_cosines),
-            "layers": len(cosines),
-        },
-    )
-
-
-@paper.claim(
     "A control vector goes through a GGUF file and back without changing a bit",
     paper="repeng: export_gguf writes architecture controlvector, a tensor direction.N a layer; import_gguf reads it",
     kind="exact",
 )
 def file_round_trip(lab: Lab) -> Verdict:
     """Write random and awkward directions, read them, and compare the bytes."""
-    draws = torch.Generator().manual_seed(lab.seed)
+    draws = lab.generator(lab.seed)
     directions = {path: torch.randn(576, generator=draws) for path in STEERED}
     directions[STEERED[0]][:4] = torch.tensor([0.0, -0.0, 1e-42, math.pi])  # signed zeros and a subnormal
     vector = ControlVector(directions)

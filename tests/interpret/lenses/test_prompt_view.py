@@ -41,6 +41,21 @@ def test_the_last_reading_is_the_prediction_and_the_first_the_embedding_alone():
     assert view.lens_tokens.shape == (3, 7, LIKELIEST)
 
 
+def test_the_answer_has_rank_1_in_the_end_and_its_own_probability_before():
+    net = model()
+    view = prompt_view(net, TOKENS)
+    with torch.no_grad():
+        first = net.logits(net.norm(net.embedding(TOKENS[None])))[0].softmax(-1)
+    answers = view.lens_tokens[-1, :, 0]
+    assert view.answer_ranks.shape == view.answer_probabilities.shape == (3, 7)
+    assert (view.answer_ranks[-1] == 1).all()
+    torch.testing.assert_close(view.answer_probabilities[-1], view.lens_probabilities[-1, :, 0])
+    for time, answer in enumerate(answers.tolist()):
+        order = first[time].argsort(descending=True).tolist()
+        assert view.answer_ranks[0, time] == 1 + order.index(answer)
+        assert view.answer_probabilities[0, time] == pytest.approx(float(first[time, answer]), rel=1e-5)
+
+
 def test_patterns_are_those_of_the_heads():
     net = model()
     view = prompt_view(net, TOKENS)

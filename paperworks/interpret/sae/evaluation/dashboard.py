@@ -55,6 +55,20 @@ class FeatureView:
     suppressed: tuple[tuple[int, float], ...]
     neighbours: tuple[tuple[int, float], ...]
 
+    @property
+    def agreement(self) -> float:
+        """Share of the passages whose strongest token is the commonest of their strongest ones.
+
+        1 is a feature of one token, 1 / passages one of no token in particular: of a context, or of nothing.
+        """
+        strongest = [excerpt.tokens[excerpt.strongest] for excerpt in self.excerpts]
+        return max(map(strongest.count, strongest)) / len(strongest) if strongest else 0.0
+
+    @property
+    def strong(self) -> float:
+        """Share of the activations above half of the largest: how often it is really on where it is on at all."""
+        return sum(self.histogram[BINS // 2 :]) / max(1, sum(self.histogram))
+
 
 @torch.no_grad()
 def feature_views(

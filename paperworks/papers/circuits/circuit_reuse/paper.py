@@ -5,14 +5,16 @@ A synthetic version, trained here: one small transformer on two tasks, against o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from paperworks import interpret
 from paperworks.interpret.circuits.overlap import (
-    Chance,
     StagedCircuit,
     attending,
     chance_overlap,
@@ -21,9 +23,8 @@ from paperworks.interpret.circuits.overlap import (
     staged_circuit,
 )
 from paperworks.interpret.circuits.path_patching import Head, all_heads
-from paperworks.lab import Lab, Paper, Verdict
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
 from paperworks.models import DecoderModel
-from paperworks.papers.circuits.circuit_reuse.reuse_figures import draw_heads, draw_repair
 from paperworks.papers.circuits.circuit_reuse.two_tasks import TASKS, TIME, Prompts, Task, accuracy, prompts, trained
 
 paper = Paper(
@@ -44,6 +45,18 @@ paper = Paper(
         "paperworks.interpret.circuits.overlap.attending",
         "paperworks.interpret.circuits.overlap.rows_on",
     ),
+    equation=r"\text{overlap} = \frac{|C_1 \cap C_2|}{|C_1 \cup C_2|}",
+    usage="""
+from paperworks.interpret.circuits.overlap import chance_overlap, overlap
+
+names = [(0, 1), (0, 3), (1, 2), (2, 0), (2, 4)]            # (layer, head) of one task's circuit
+colours = [(0, 1), (0, 3), (1, 2), (2, 4), (2, 5)]
+heads = [(layer, head) for layer in range(3) for head in range(6)]
+print("overlap:", overlap(names, colours).jaccard)
+by_chance = chance_overlap(names, colours, heads, by_layer=True)   # sets with as many heads in each layer
+print(f"by chance {by_chance.mean:.2f}, {by_chance.deviations:.1f} standard deviations above it")
+""",
+    notes="Two synthetic tasks and a model of 18 heads trained on both stand in for GPT-2 medium.",
 )
 
 STAGES = {"movers": "logits", "inhibition": "qkv", "first": "qkv"}
@@ -52,113 +65,82 @@ ENOUGH = 3  # standard deviations above chance
 FOUR = 4  # the paper overrides four heads
 
 
-def _sentences(lab: Lab, task: Task, *, adversarial: bool = False, seed: int = 10) -> Prompts:
-    draws = torch.Generator().manual_seed(lab.seed + seed)
+def _sentences(lab: Lab, seed: int, task: Task, *, adversarial: bool = False, draw: int = 10) -> Prompts:
     count = lab.pick(smoke=16, small=1000 if adversarial else 400)
-    return prompts(task, count, draws, adversarial=adversarial)
+    return prompts(task, count, lab.generator(seed + draw), adversarial=adversarial)
 
 
-_FOUND: dict[tuple[object, ...], StagedCircuit] = {}
+@cache
+def _circuit(lab: Lab, seed: int, task: Task) -> StagedCircuit:
+    """Heads of a task in the model that was trained on both."""
+    model, asked = trained(lab, seed).model, _sentences(lab, seed, task)
+    over = lab.pick(smoke=0.0, small=OVER)  # an untrained model has no strong heads
+    return staged_circuit(model, asked.tokens, asked.corrupted, asked.metric, STAGES, over=over)
 
 
-def _circuit(lab: Lab, tasks: tuple[Task, ...], task: Task) -> StagedCircuit:
-    """Find the heads of a task in the model that was trained on some tasks."""
-    key = (lab.scale, lab.seed, tasks, task)
-    if key not in _FOUND:
-        model, asked = trained(lab, tasks).model, _sentences(lab, task)
-        over = lab.pick(smoke=0.0, small=OVER)  # an untrained model has no strong heads
-        with lab.progress(f"path patching, {task}") as advance:
-            _FOUND[key] = staged_circuit(
-                model,
-                asked.tokens,
-                asked.corrupted,
-                asked.metric,
-                STAGES,
-                over=over,
-                on_each=lambda: advance(1),
-            )
-    return _FOUND[key]
-
-
-def _named(heads: Sequence[Head]) -> list[str]:
-    return [f"{layer}.{head}" for layer, head in heads]
-
-
-def _compared(
-    first: StagedCircuit, second: StagedCircuit, heads: Sequence[Head]
-) -> tuple[dict[str, float], Chance, Chance]:
-    shared = overlap(first.heads, second.heads)
-    plain = chance_overlap(first.heads, second.heads, heads)
-    strict = chance_overlap(first.heads, second.heads, heads, by_layer=True)
-    numbers = {
-        "heads shared": shared.shared,
-        "overlap |A and B| / |A or B|": shared.jaccard,
-        "share of the colours' heads that names use too": shared.reused,
-        "by chance": plain.mean,
-        "standard deviations above chance": plain.deviations,
-        "p": plain.p_value,
-        "by chance, as many in each layer": strict.mean,
-        "standard deviations above that": strict.deviations,
-        "p of that": strict.p_value,
-    }
-    return numbers, plain, strict
+def _named(heads: Sequence[Head]) -> str:
+    return ", ".join(f"{layer}.{head}" for layer, head in heads)
 
 
 @paper.claim(
     "Two tasks of one model share more of their heads than chance would have it",
     paper="Abstract: about 78% of the in-circuit heads of GPT-2 medium are shared by the two tasks",
-    control="two models, one for each task; and random sets of as many heads, from all layers or layer by layer",
+    control="random sets with as many heads in each layer",
 )
 def heads_are_reused(lab: Lab) -> Verdict:
-    """Find both circuits in the joint model, and one in each of two separate models; compare with random sets."""
-    model = trained(lab).model
-    heads = all_heads(model)
-    joint = {task: _circuit(lab, TASKS, task) for task in TASKS}
-    apart = {task: _circuit(lab, (task,), task) for task in TASKS}
-    ours, plain, strict = _compared(joint["names"], joint["colours"], heads)
-    theirs, separate, separate_strict = _compared(apart["names"], apart["colours"], heads)
-    right = [accuracy(model, _sentences(lab, task, seed=20)) for task in TASKS]
-    right_apart = [accuracy(trained(lab, (task,)).model, _sentences(lab, task, seed=20)) for task in TASKS]
-    draw_heads(lab, joint, STAGES, OVER)
-    return lab.judge(
-        checks={
-            "the overlap is 3 standard deviations above that of random sets": plain.deviations > ENOUGH,
-            "and above that of sets with as many heads in each layer": strict.deviations > ENOUGH,
-            "in separate models it is neither": max(separate.deviations, separate_strict.deviations) < ENOUGH,
-            "the joint model is right in more than 99% of both": min(right) > 0.99,
-        },
-        measured={
-            **ours,
-            **{f"heads of {task}": _named(circuit.heads) for task, circuit in joint.items()},
-            "heads": len(heads),
-            "accuracy": right,
-            "steps": trained(lab).steps,
-            "seed": lab.seed,
-        },
-        control={
-            **{f"separate models: {name}": value for name, value in theirs.items()},
-            **{f"heads of {task}, its own model": _named(circuit.heads) for task, circuit in apart.items()},
-            "accuracy of separate models": right_apart,
-            "steps of separate models": [trained(lab, (task,)).steps for task in TASKS],
-        },
+    """Find both circuits in a model of both tasks, and compare their overlap with that of all sets of their sizes."""
+
+    def shared(seed: int) -> dict[str, float]:
+        names, colours = (_circuit(lab, seed, task).heads for task in TASKS)
+        every = all_heads(trained(lab, seed).model)
+        chance = chance_overlap(names, colours, every, by_layer=True)
+        if seed == lab.seed:
+            lab.text("Heads of the two circuits", f"names: {_named(names)}\ncolours: {_named(colours)}")
+        return {
+            "overlap": overlap(names, colours).jaccard,
+            "standard deviations above chance": chance.deviations,
+            "standard deviations above chance, from all layers": chance_overlap(names, colours, every).deviations,
+            "accuracy": min(accuracy(trained(lab, seed).model, _sentences(lab, seed, task, draw=20)) for task in TASKS),
+        }
+
+    def by_chance(seed: int) -> dict[str, float]:
+        names, colours = (_circuit(lab, seed, task).heads for task in TASKS)
+        chance = chance_overlap(names, colours, all_heads(trained(lab, seed).model), by_layer=True)
+        return shared(seed) | {
+            "overlap": chance.mean,
+            "standard deviations above chance": 0.0,
+            "standard deviations above chance, from all layers": 0.0,
+        }
+
+    circuits, random = "the two circuits", "random sets, layer by layer"
+    verdict = lab.compare(
+        arms={circuits: shared, random: by_chance},
+        main=Beats(circuits, random, on="overlap", by=0.15),
+        also=[
+            AtLeast(circuits, ENOUGH, on="standard deviations above chance, from all layers"),
+            AtLeast(circuits, ENOUGH, on="standard deviations above chance"),
+            AtLeast(circuits, 0.99, on="accuracy"),
+        ],
+        seeds=3,
         note="Three stages of path patching; a head counts when its direct path changes the metric by more than 5% of "
-        "what all heads' paths change it by. Random sets are all sets of as many heads, counted exactly. Which number "
-        "a head has in a model of its own is arbitrary, so separate models can share heads by layer only. Tasks and "
-        "sizes were settled on models of another seed. Late heads act on the logits and early ones on late ones in any "
-        "task, so chance layer by layer is the fairer bar, and in so small a model a high one.",
+        "what all heads' paths change it by. Random sets are all sets of as many heads, counted exactly. Late heads "
+        "act on the logits and early ones on late ones in any task, so chance layer by layer is the fairer bar, and in "
+        "so small a model a high one.",
     )
+    lab.points("overlap", title="Overlap of the two tasks' heads")
+    return verdict
 
 
-def _readers(lab: Lab, task: Task, how_many: int = FOUR) -> list[Head]:
-    """Return the heads of a task's circuit that look most, from the asking word, at where the answer's mark stands."""
-    model, asked = trained(lab).model, _sentences(lab, task)
-    looks = _looks(model, asked, asked.source)
-    return sorted(_circuit(lab, TASKS, task).heads, key=lambda head: -looks[head])[:how_many]
+def _readers(lab: Lab, seed: int, task: Task) -> list[Head]:
+    """The heads of a task's circuit that look most, from the asking word, at where the answer's mark stands."""
+    asked = _sentences(lab, seed, task)
+    looks = _looks(trained(lab, seed).model, asked, asked.source)
+    return sorted(_circuit(lab, seed, task).heads, key=lambda head: -looks[head])[:FOUR]
 
 
 @torch.no_grad()
 def _looks(model: DecoderModel, asked: Prompts, places: Tensor) -> dict[Head, float]:
-    """Return each head's mean attention from the asking word to a place in each prompt."""
+    """Mean attention of each head from the asking word to a place in each prompt."""
     with interpret.record(model, "blocks.*.mixer.pattern") as seen:
         model(asked.tokens)
     rows = torch.arange(len(asked))
@@ -171,71 +153,57 @@ def _looks(model: DecoderModel, asked: Prompts, places: Tensor) -> dict[Head, fl
 @paper.claim(
     "Heads of one task's circuit, told where to look, repair the other task where it fails",
     paper="Section 5: the patterns of four heads overridden as IOI has them raise Colored Objects from 49.6% to 93.7%",
-    control="as many random heads told the same, and the same heads told to look at the other pair",
+    control="as many random heads told the same",
 )
 def overriding_attention_repairs(lab: Lab) -> Verdict:
     """On prompts with two repeated words, tell the other task's reading heads where the one that counts stood first."""
-    model = trained(lab).model
-    heads = all_heads(model)
-    repaired: dict[Task, float] = {}
-    before: dict[Task, float] = {}
-    misled: dict[Task, float] = {}
-    blind: dict[Task, list[float]] = {}
-    single: dict[Task, float] = {}
-    used: dict[Task, list[Head]] = {}
-    draws = torch.Generator().manual_seed(lab.seed)
-    for task in lab.track(TASKS, "overriding patterns"):
-        (other,) = (each for each in TASKS if each != task)
-        asked = _sentences(lab, task, adversarial=True)
-        used[task] = _readers(lab, other)
 
-        def told(some: Sequence[Head], places: Tensor, asked: Prompts = asked) -> float:
-            with attending(model, some, rows_on(places[:, None], TIME)):
-                return accuracy(model, asked)
+    def arm(told: Literal["nothing", "readers", "readers, other pair", "random"]) -> Callable[[int], dict[str, float]]:
+        def repaired(seed: int) -> dict[str, float]:
+            model, draws = trained(lab, seed).model, lab.generator(seed)
+            accuracies: dict[Task, float] = {}
+            for task, other in (TASKS, TASKS[::-1]):
+                asked, readers = _sentences(lab, seed, task, adversarial=True), _readers(lab, seed, other)
+                rest = [head for head in all_heads(model) if head not in readers]
+                sets = [readers]
+                if told == "random":
+                    orders = [
+                        torch.randperm(len(rest), generator=draws)[:FOUR] for _ in range(lab.pick(smoke=2, small=20))
+                    ]
+                    sets = [[rest[index] for index in order.tolist()] for order in orders]
+                places = asked.other if told == "readers, other pair" else asked.source
+                found = []
+                for heads in [[]] if told == "nothing" else sets:
+                    with attending(model, heads, rows_on(places[:, None], TIME)) if heads else nullcontext():
+                        found.append(accuracy(model, asked))
+                accuracies[task] = sum(found) / len(found)
+            return {
+                "accuracy, adversarial prompts": sum(accuracies.values()) / 2,
+                **{f"accuracy, adversarial {task}": value for task, value in accuracies.items()},
+            }
 
-        before[task] = accuracy(model, asked)
-        repaired[task] = told(used[task], asked.source)
-        misled[task] = told(used[task], asked.other)
-        single[task] = max(told([head], asked.source) for head in heads)
-        others = [head for head in heads if head not in used[task]]
-        blind[task] = [
-            told(
-                [others[index] for index in torch.randperm(len(others), generator=draws)[:FOUR].tolist()], asked.source
-            )
-            for _ in range(lab.pick(smoke=2, small=20))
-        ]
-    gains = {task: repaired[task] - before[task] for task in TASKS}
-    blind_gains = {task: sum(blind[task]) / len(blind[task]) - before[task] for task in TASKS}
-    plain = [accuracy(model, _sentences(lab, task, seed=20)) for task in TASKS]
-    draw_repair(lab, before, repaired, misled, blind)
-    return lab.judge(
-        checks={
-            "accuracy on adversarial prompts rises by more than 20 points in both tasks": min(gains.values()) > 0.2,
-            "random other heads raise it by less than half of that": all(
-                blind_gains[task] < gains[task] / 2 for task in TASKS
-            ),
-            "told to look at the other pair they lower it": all(misled[task] < before[task] for task in TASKS),
-            "plain prompts are right in more than 99%": min(plain) > 0.99,
+        return repaired
+
+    on, right, random = "accuracy, adversarial prompts", "other task's heads told", "random heads told"
+    verdict = lab.compare(
+        arms={
+            right: arm("readers"),
+            random: arm("random"),
+            "told of the other pair": arm("readers, other pair"),
+            "as it is": arm("nothing"),
         },
-        measured={
-            **{f"{task}: accuracy before and after": [before[task], repaired[task]] for task in TASKS},
-            **{f"{task}: heads told where to look": _named(used[task]) for task in TASKS},
-            **{f"{task}: best single head": single[task] for task in TASKS},
-            "plain accuracy": plain,
-            "seed": lab.seed,
-        },
-        control={
-            **{f"{task}: random heads, mean and best": [_mean(blind[task]), max(blind[task])] for task in TASKS},
-            **{f"{task}: told to look at the other pair": misled[task] for task in TASKS},
-        },
+        main=Beats(right, random, on=on, by=0.1),
+        also=[
+            *(Beats(right, "as it is", on=f"accuracy, adversarial {task}", by=0.2) for task in TASKS),
+            Beats("told of the other pair", "as it is", on=on, lower=True),
+        ],
+        seeds=3,
         note="Adversarial: both pairs' second words come again, the later one counts; in training only one does. The "
         f"{FOUR} heads are those of the OTHER task's circuit that look most, when asked, at the place where the "
         "repeated word stood first, beside the answer.",
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    lab.points(on, name="repair", title="Accuracy on adversarial prompts")
+    return verdict
 
 
 @paper.claim(
@@ -245,7 +213,7 @@ def _mean(values: Sequence[float]) -> float:
 )
 def measures_are_exact(lab: Lab) -> Verdict:
     """Evaluate overlaps where they are known, search with shuffled prompts, override a pattern by itself."""
-    model, asked = trained(lab).model, _sentences(lab, "names")
+    model, asked = trained(lab, lab.seed).model, _sentences(lab, lab.seed, "names")
     heads = all_heads(model)
     same, apart = overlap(heads[:6], heads[:6]), overlap(heads[:6], heads[6:12])
     draws = torch.Generator().manual_seed(lab.seed)

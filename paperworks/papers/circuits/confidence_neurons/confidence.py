@@ -38,21 +38,21 @@ class Readout:
     offset: Float[Tensor, " vocab"] | None = None
 
     def scale(self, stream: Float[Tensor, "... dim"]) -> Float[Tensor, "... 1"]:
-        """Return s(x) at each position."""
+        """S(x) at each position."""
         x = stream - stream.mean(-1, keepdim=True) if self.centred else stream
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
     def logits(
         self, stream: Float[Tensor, "... dim"], scale: Float[Tensor, "... 1"] | None = None
     ) -> Float[Tensor, "... vocab"]:
-        """Return the logits; with `scale`, those of a norm frozen at it."""
+        """The logits; with `scale`, those of a norm frozen at it."""
         read = stream @ self.weight.mT * (self.scale(stream) if scale is None else scale)
         return read if self.offset is None else read + self.offset
 
 
 @torch.no_grad()
 def readout(model: nn.Module) -> Readout:
-    """Return the readout of one of our decoders, or of another library's that `residual_stream` knows.
+    """The readout of one of our decoders, or of another library's that `residual_stream` knows.
 
     Raises:
         ValueError: when the final norm is missing or of another kind, or the logits are soft-capped.
@@ -88,7 +88,7 @@ def readout(model: nn.Module) -> Readout:
 def logit_variance(
     writes: Float[Tensor, "neurons dim"], weight: Float[Tensor, "vocab dim"]
 ) -> Float[Tensor, " neurons"]:
-    """Return LogitVar(w): the variance over the vocabulary of the cosines of w with the unembedding's rows.
+    """LogitVar(w): the variance over the vocabulary of the cosines of w with the unembedding's rows.
 
     An entropy neuron has a low one and a large ||w||.
     """
@@ -110,7 +110,7 @@ class Spectrum:
     directions: Float[Tensor, "dim dim"]
 
     def null_space(self, count: int) -> Float[Tensor, "count dim"]:
-        """Return V_0: the `count` directions read least (the paper takes 40, about 1%, of LLaMA2's 4,096)."""
+        """V_0: the `count` directions read least (the paper takes 40, about 1%, of LLaMA2's 4,096)."""
         if not 1 <= count <= len(self.strengths):
             raise ValueError(f"count must be between 1 and the stream's {len(self.strengths)} dimensions, got {count}")
         return self.directions[-count:]
@@ -118,7 +118,7 @@ class Spectrum:
 
 @torch.no_grad()
 def spectrum(weight: Float[Tensor, "vocab dim"]) -> Spectrum:
-    """Return the singular values and right singular vectors of W (vocab, dim), from its Gram matrix in float64."""
+    """The singular values and right singular vectors of W (vocab, dim), from its Gram matrix in float64."""
     gram = weight.double()
     squares, vectors = torch.linalg.eigh(gram.mT @ gram)
     return Spectrum(squares.clamp_min(0).sqrt().flip(0), vectors.mT.flip(0))
@@ -126,13 +126,13 @@ def spectrum(weight: Float[Tensor, "vocab dim"]) -> Spectrum:
 
 @torch.no_grad()
 def null_share(writes: Float[Tensor, "neurons dim"], null: Float[Tensor, "count dim"]) -> Float[Tensor, " neurons"]:
-    """Return rho(w) = ||V_0^T w|| / ||w||: how much of what a neuron writes lies where W reads least."""
+    """rho(w) = ||V_0^T w|| / ||w||: how much of what a neuron writes lies where W reads least."""
     _require_width(writes, null)
     return (writes.to(null) @ null.mT).norm(dim=1) / writes.to(null).norm(dim=1)
 
 
 def log_unigram(counts: Float[Tensor, " vocab"] | Int[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-    """Return log p of each token from its counts in a text, each raised by 1 so that none is impossible."""
+    """Log p of each token from its counts in a text, each raised by 1 so that none is impossible."""
     if counts.ndim != 1 or bool((counts < 0).any()):
         raise ValueError(f"counts must be one number >= 0 for each token, got {tuple(counts.shape)}")
     raised = counts.double() + 1
@@ -143,7 +143,7 @@ def log_unigram(counts: Float[Tensor, " vocab"] | Int[Tensor, " vocab"]) -> Floa
 def frequency_cosine(
     writes: Float[Tensor, "neurons dim"], weight: Float[Tensor, "vocab dim"], log_p: Float[Tensor, " vocab"]
 ) -> Float[Tensor, " neurons"]:
-    """Return the cosine of the logits W w, centred, with v_freq = log p - mean: the screen by weights alone."""
+    """The cosine of the logits W w, centred, with v_freq = log p - mean: the screen by weights alone."""
     _require_width(writes, weight)
     moved = writes @ weight.mT
     return nn.functional.cosine_similarity(moved - moved.mean(1, keepdim=True), _frequency(log_p).to(moved)[None])
@@ -248,7 +248,7 @@ class Ablations:
         return nn.functional.cross_entropy(logits, self.targets, reduction="none")
 
     def _measure(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, entropy and KL(p || unigram) at each position."""
+        """Loss, entropy and KL(p || unigram) at each position."""
         log_q = logits.log_softmax(-1)
         q = log_q.exp()
         entropy = -(q * log_q).sum(-1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn import functional
 
 from paperworks.core.linear import weight_of
 from paperworks.interpret import record
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
+from paperworks.models import DecoderModel
 from paperworks.papers.circuits.confidence_neurons import confidence
 from paperworks.testbeds.scored_text import scored_text
 from paperworks.testbeds.smollm2 import smollm2
@@ -38,6 +39,21 @@ paper = Paper(
         "paperworks.papers.circuits.confidence_neurons.confidence.frequency_cosine",
         "paperworks.papers.circuits.confidence_neurons.confidence.Ablations",
     ),
+    equation=r"\rho(w) = \frac{\lVert V_0^\top w \rVert}{\lVert w \rVert}, \qquad \text{through the norm} = "
+    r"1 - \frac{\operatorname{mean} |\Delta L_{\text{scale frozen}}|}{\operatorname{mean} |\Delta L|}",
+    usage="""
+import paperworks as pw
+from paperworks.papers.circuits.confidence_neurons import confidence
+
+model = pw.load("smollm2")
+read = confidence.readout(model)                       # the unembedding with the final norm's gain folded in
+spectrum = confidence.spectrum(read.weight)
+print(f"read least: {float(spectrum.strengths[-1]):.1f}, median {float(spectrum.strengths.median()):.1f}")
+writes = model.blocks[-1].feedforward.down.weight.detach().mT
+share = confidence.null_share(writes, spectrum.null_space(12))
+print("neurons that write most where little is read:", share.topk(5).indices.tolist())
+""",
+    notes="SmolLM2's unembedding has no near-null space, on which the paper's effect rests; GPT-2's has one.",
 )
 
 CANDIDATES = 10
@@ -55,37 +71,39 @@ class LastLayer:
     log_p: Float[Tensor, " vocab"]
     ablate: confidence.Ablations
 
-    def effects(self, lab: Lab, neurons: Sequence[int], name: str) -> list[confidence.Ablation]:
+    def effects(self, neurons: Sequence[int]) -> list[confidence.Ablation]:
         """Mean-ablate each neuron by itself."""
-        return [
-            self.ablate(self.writes[neuron], self.activations[:, neuron])
-            for neuron in lab.track(neurons, f"ablating {name}")
-        ]
+        return [self.ablate(self.writes[neuron], self.activations[:, neuron]) for neuron in neurons]
 
 
-@torch.no_grad()
-def _last_layer(lab: Lab) -> LastLayer:
-    """Run the model over a few contexts; unigram frequencies come from a longer text of the same kinds."""
+@cache
+def _text(lab: Lab) -> tuple[DecoderModel, Tensor]:
+    """The model, and rows of text: unigram frequencies come from all of them."""
     model = smollm2(lab).eval()
-    contexts = lab.pick(smoke=1, small=3)
-    text = scored_text(model.tokenizer, lab.pick(smoke=2_000, small=96_000)).tokens
-    rows = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    rows = rows[torch.linspace(0, len(rows) - 1, contexts).long()]
+    text = scored_text(model.tokenizer, lab.pick(smoke=2_000, small=48_000)).tokens
+    return model, text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+
+
+@cache
+@torch.no_grad()
+def _last_layer(lab: Lab, seed: int) -> LastLayer:
+    """Run the model over a context; the seed draws which."""
+    model, text = _text(lab)
+    rows = text[torch.randint(len(text), (1,), generator=lab.generator(seed))].to(model.device)
     block = f"blocks.{len(model.blocks) - 1}"
     with record(model, [block, f"{block}.feedforward.hidden"]) as seen:
         model(rows[:, :-1])
-    # the first position of a context is unlike any other: its stream is many times as long
+    # The first position of a context is unlike any other: its stream is many times as long.
     stream, hidden = (seen[path][:, 1:].flatten(0, 1) for path in (block, f"{block}.feedforward.hidden"))
-    log_p = confidence.log_unigram(torch.bincount(text, minlength=model.spec.vocab_size))
+    log_p = confidence.log_unigram(torch.bincount(text.flatten(), minlength=model.spec.vocab_size))
     read = confidence.readout(model)
     last: Any = model.blocks[-1]
     writes = weight_of(last.feedforward.down).detach().mT
     return LastLayer(read, writes, hidden, log_p, confidence.Ablations(read, stream, rows[:, 2:].flatten(), log_p))
 
 
-def _random_neurons(lab: Lab, layer: LastLayer) -> list[int]:
-    draws = torch.Generator().manual_seed(lab.seed)
-    return torch.randperm(len(layer.writes), generator=draws)[:CANDIDATES].tolist()
+def _random_neurons(lab: Lab, seed: int, layer: LastLayer) -> list[int]:
+    return torch.randperm(len(layer.writes), generator=lab.generator(1000 + seed))[:CANDIDATES].tolist()
 
 
 def _median(values: Sequence[float]) -> float:
@@ -94,162 +112,100 @@ def _median(values: Sequence[float]) -> float:
 
 @paper.claim(
     "The last layer's neurons that write where the unembedding reads least act through the final norm",
-    paper="Section 3: entropy neurons of GPT-2, Pythia, Phi-2, Gemma and LLaMA2 7B act mostly through the "
-    "norm, and their unembeddings have a near-null space; for SmolLM2 measured before: none found",
+    paper="Section 3: entropy neurons of GPT-2, Pythia, Phi-2, Gemma and LLaMA2 7B act mostly through the norm, and "
+    "their unembeddings have a near-null space",
     control="neurons drawn at random",
+    reach="real",
 )
 def entropy_neurons_act_through_the_norm(lab: Lab) -> Verdict:
     """Find candidates by their weights, mean-ablate them, and see how much is left with the norm's scale frozen."""
-    layer = _last_layer(lab)
-    spectrum = confidence.spectrum(layer.read.weight)
-    share = confidence.null_share(layer.writes, spectrum.null_space(NULL))
-    variance = confidence.logit_variance(layer.writes, layer.read.weight)
-    by_share = share.topk(CANDIDATES).indices.tolist()
-    by_variance = (layer.writes.norm(dim=1) / variance.sqrt()).topk(CANDIDATES).indices.tolist()
-    chosen = {"null space": by_share, "low variance": by_variance, "random": _random_neurons(lab, layer)}
-    found = {name: layer.effects(lab, neurons, f"neurons: {name}") for name, neurons in chosen.items()}
-    through = {name: [effect.through_norm for effect in effects] for name, effects in found.items()}
-    _draw_through(lab, through)
-    lab.table(
-        "Neurons by what they write where the unembedding reads least",
-        ["neuron", "share in the null space", "logit variance", "through the norm", "mean change of entropy, absolute"],
-        [
-            [neuron, share[neuron].item(), variance[neuron].item(), effect.through_norm, effect.entropy.abs().mean()]
-            for neuron, effect in zip(by_share, found["null space"], strict=True)
-        ],
-    )
-    strengths = spectrum.strengths
-    return lab.judge(
-        checks={
-            "of the ten with the largest share in the null space, half act to 50% or more through the norm": (
-                _median(through["null space"]) >= 0.5
-            ),
-            "so do half of the ten with large writes and low logit variance": _median(through["low variance"]) >= 0.5,
-            "the ten with the largest share exceed the random ones, in the median and at most": (
-                _median(through["null space"]) > _median(through["random"])
-                and max(through["null space"]) > max(through["random"])
-            ),
+
+    def arm(choose: Callable[[int, LastLayer], list[int]]) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            layer = _last_layer(lab, seed)
+            through = [effect.through_norm for effect in layer.effects(choose(seed, layer))]
+            return {"share through the norm, median": _median(through), "share through the norm, most": max(through)}
+
+        return measured
+
+    def null_space(seed: int, layer: LastLayer) -> list[int]:
+        null = confidence.spectrum(layer.read.weight).null_space(NULL)
+        return confidence.null_share(layer.writes, null).topk(CANDIDATES).indices.tolist()
+
+    def low_variance(seed: int, layer: LastLayer) -> list[int]:
+        variance = confidence.logit_variance(layer.writes, layer.read.weight)
+        return (layer.writes.norm(dim=1) / variance.sqrt()).topk(CANDIDATES).indices.tolist()
+
+    strengths = confidence.spectrum(_last_layer(lab, lab.seed).read.weight).strengths
+    least, variance, random = "writes in the null space", "large writes, low variance", "random neurons"
+    on = "share through the norm, median"
+    verdict = lab.compare(
+        arms={
+            least: arm(null_space),
+            variance: arm(low_variance),
+            random: arm(lambda seed, layer: _random_neurons(lab, seed, layer)),
         },
+        main=Beats(least, random, on=on, by=0.3),
+        also=[AtLeast(least, 0.5, on=on), AtLeast(variance, 0.5, on=on)],
+        seeds=3,
         measured={
-            "through the norm, largest share in the null space: median": _median(through["null space"]),
-            "most": max(through["null space"]),
-            "through the norm, large writes and low variance: median": _median(through["low variance"]),
-            "most of these": max(through["low variance"]),
-            "largest share of a write in the null space": share.max(),
             "smallest singular value of the unembedding": strengths[-1],
             "median singular value": strengths.median(),
-            "least logit variance": variance.min(),
-            "median logit variance": variance.median(),
-            "positions": len(layer.activations),
         },
-        control={
-            "through the norm, random neurons: median": _median(through["random"]),
-            "most": max(through["random"]),
-        },
-        note=(
-            "The paper's effect needs directions that the unembedding does not read. Here the twelve read least are "
-            "still read about a third as strongly as the median one, so what is written there changes the logits "
-            "too: at most some neurons act through the norm in part."
-        ),
+        note=f"{CANDIDATES} neurons of each kind, {CONTEXT - 1} positions of text a seed. The paper's effect needs "
+        "directions that the unembedding does not read. Here the twelve read least are still read about a third as "
+        "strongly as the median one, so what is written there changes the logits too.",
     )
-
-
-def _draw_through(lab: Lab, through: dict[str, list[float]]) -> None:
-    names = {
-        "null space": "largest share in\nthe null space",
-        "low variance": "large write,\nlow variance",
-        "random": "random\n(control)",
-    }
-    with lab.figure("through-the-norm", figsize=(6.6, 3.6)) as figure:
-        axes = figure.subplots()
-        for place, (name, values) in enumerate(through.items()):
-            color = CONTROL if name == "random" else COLORS[place]
-            spread = torch.linspace(-0.2, 0.2, len(values)).tolist()
-            axes.scatter([place + each for each in spread], values, color=color, s=34)
-        axes.set_xticks(range(len(through)), [names[name] for name in through])
-        axes.set_ylim(min(-0.05, *(min(values) - 0.05 for values in through.values())), 1.03)
-        axes.set_title("Share of a neuron's effect on the loss that goes through the final norm")
+    lab.points("share through the norm, most", name="through-the-norm", title="Effect through the norm, best neuron")
+    return verdict
 
 
 @paper.claim(
     "Neurons aligned with token frequency move predictions towards or away from the unigram distribution",
-    paper="Section 4: ablating token-frequency neurons of Pythia 410M and others changes KL(p || unigram), "
-    "and much of their effect goes along v_freq",
+    paper="Section 4: ablating token-frequency neurons of Pythia 410M and others changes KL(p || unigram), and much of "
+    "their effect goes along v_freq",
     control="neurons drawn at random",
+    reach="real",
 )
 def frequency_neurons_move_towards_unigrams(lab: Lab) -> Verdict:
     """Ablate the neurons whose logits are most parallel to v_freq; moving along it should lower the divergence."""
-    layer = _last_layer(lab)
-    cosines = confidence.frequency_cosine(layer.writes, layer.read.weight, layer.log_p)
-    aligned = cosines.abs().topk(CANDIDATES).indices.tolist()
-    random = _random_neurons(lab, layer)
-    found = layer.effects(lab, aligned, "frequency neurons")
-    others = layer.effects(lab, random, "random neurons")
-    agree = _as_predicted(found, cosines[aligned])
-    chance = _as_predicted(others, cosines[random])
-    moved, moved_others = (
-        _median([float(effect.divergence.abs().mean()) for effect in effects]) for effects in (found, others)
-    )
-    lab.table(
-        "Neurons whose logits are most parallel to the log unigram distribution",
-        ["neuron", "cosine with v_freq", "through frequency", "mean change of KL, absolute", "as predicted"],
-        [
-            [
-                neuron,
-                cosines[neuron].item(),
-                effect.through_frequency,
-                effect.divergence.abs().mean().item(),
-                bool(_as_predicted([effect], cosines[[neuron]])),
-            ]
-            for neuron, effect in zip(aligned, found, strict=True)
+
+    def arm(aligned: bool) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            layer = _last_layer(lab, seed)
+            cosines = confidence.frequency_cosine(layer.writes, layer.read.weight, layer.log_p)
+            best = cosines.abs().topk(CANDIDATES).indices.tolist()
+            neurons = best if aligned else _random_neurons(lab, seed, layer)
+            found = layer.effects(neurons)
+            return {
+                "change of KL, nats": _median([float(effect.divergence.abs().mean()) for effect in found]),
+                "neurons of 10 as predicted": _as_predicted(found, cosines[neurons]),
+                "share through frequency, median": _median([effect.through_frequency for effect in found]),
+            }
+
+        return measured
+
+    ours, random = "frequency neurons", "random neurons"
+    verdict = lab.compare(
+        arms={ours: arm(True), random: arm(False)},
+        main=Beats(ours, random, on="change of KL, nats", by_ratio=2.0),  # three times as much
+        also=[
+            AtLeast(ours, 9, on="neurons of 10 as predicted"),
+            Beats(ours, random, on="neurons of 10 as predicted", by=3),
         ],
+        seeds=3,
+        note="Many random neurons do as predicted too, so the sign tells little by itself. Predicted is the sign of "
+        "the changes, summed with that of the push along v_freq at each position: a first guess, for where a "
+        "prediction is already peaked on a frequent token, a push towards frequent tokens takes it further away.",
     )
-    return lab.judge(
-        checks={
-            "for more than 8 of 10, moving along v_freq lowers the divergence from the unigrams": agree > 8,
-            "for at least 3 more than of the random neurons": agree >= chance + 3,
-            "they change it at least three times as much as random neurons": moved >= 3 * moved_others,
-        },
-        measured={
-            "of 10, as predicted": agree,
-            "of 10, as predicted, positions weighted by the push": _as_predicted(
-                found, cosines[aligned], weighted=True
-            ),
-            "positions as predicted": _positions_as_predicted(found, cosines[aligned]),
-            "largest cosine with v_freq": cosines.abs().max(),
-            "median cosine of all neurons": cosines.abs().median(),
-            "through frequency: median": _median([effect.through_frequency for effect in found]),
-            "most": max(effect.through_frequency for effect in found),
-            "mean absolute change of KL in nats, median of the ten": moved,
-        },
-        control={
-            "of 10 random neurons, as predicted": chance,
-            "positions weighted by the push": _as_predicted(others, cosines[random], weighted=True),
-            "positions as predicted": _positions_as_predicted(others, cosines[random]),
-            "through frequency: median": _median([effect.through_frequency for effect in others]),
-            "mean absolute change of KL in nats, median of the ten": moved_others,
-        },
-        note=(
-            "Many random neurons do as predicted too, so the sign tells little by itself. Predicted is the sign of the "
-            "changes, summed with that of the push along v_freq at each position: a first guess, for where a "
-            "prediction is already peaked on a frequent token, a push towards frequent tokens takes it further away."
-        ),
-    )
+    lab.points("change of KL, nats", name="frequency", title="Change of KL(p || unigram) by an ablated neuron, nats")
+    return verdict
 
 
-def _as_predicted(effects: Sequence[confidence.Ablation], cosines: Tensor, *, weighted: bool = False) -> int:
-    """Count neurons for which a push along v_freq (push times cosine > 0) lowers KL(p || unigram), over positions."""
-    count = 0
-    for effect, cosine in zip(effects, cosines, strict=True):
-        along = effect.push * cosine
-        count += bool((effect.divergence * (along if weighted else along.sign())).sum() < 0)
-    return count
-
-
-def _positions_as_predicted(effects: Sequence[confidence.Ablation], cosines: Tensor) -> float:
-    """Return the neurons' median share of positions at which the divergence falls if the push is along v_freq."""
+def _as_predicted(effects: Sequence[confidence.Ablation], cosines: Tensor) -> int:
+    """Number of neurons for which a push along v_freq (push times cosine > 0) lowers KL(p || unigram)."""
     pairs = zip(effects, cosines, strict=True)
-    return _median([float(((e.divergence < 0) == (e.push * cosine > 0)).float().mean()) for e, cosine in pairs])
+    return sum(bool((effect.divergence * (effect.push * cosine).sign()).sum() < 0) for effect, cosine in pairs)
 
 
 @paper.claim(

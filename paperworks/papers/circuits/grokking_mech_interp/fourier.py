@@ -18,7 +18,7 @@ from torch.nn import functional
 
 
 def fourier_basis(modulus: int) -> Float[Tensor, "modulus modulus"]:
-    """Return the real Fourier basis over the residues, orthonormal rows: 1, cos w_1 x, sin w_1 x, cos w_2 x, ...
+    """The real Fourier basis over the residues, orthonormal rows: 1, cos w_1 x, sin w_1 x, cos w_2 x, ...
 
     For an even modulus the last row is the alternating cos w_(p/2) x, whose sine is 0.
     """
@@ -35,7 +35,7 @@ def fourier_basis(modulus: int) -> Float[Tensor, "modulus modulus"]:
 
 
 def frequency_power(weight: Float[Tensor, "modulus dim"]) -> Float[Tensor, " frequencies"]:
-    """Return ||cosine row||^2 + ||sine row||^2 of F W for the frequencies 1 .. p // 2, the constant left out.
+    """Power ||cosine row||^2 + ||sine row||^2 of F W for the frequencies 1 .. p // 2, the constant left out.
 
     An embedding has one row a residue. Entry 0 is frequency 1.
     """
@@ -46,14 +46,14 @@ def frequency_power(weight: Float[Tensor, "modulus dim"]) -> Float[Tensor, " fre
 
 
 def key_frequencies(power: Float[Tensor, " frequencies"], count: int = 5) -> tuple[int, ...]:
-    """Return the `count` strongest frequencies (counted from 1) in ascending order."""
+    """The `count` strongest frequencies (counted from 1) in ascending order."""
     if not 1 <= count <= len(power):
         raise ValueError(f"count must be between 1 and the {len(power)} frequencies there are, got {count}")
     return tuple(sorted((power.topk(count).indices + 1).tolist()))
 
 
 def gini(values: Float[Tensor, " n"]) -> float:
-    """Return Gini's coefficient of sparsity: 0 when all values are equal, 1 - 1/n when one holds everything.
+    """Gini's coefficient of sparsity: 0 when all values are equal, 1 - 1/n when one holds everything.
 
     sum_i (2 i - n - 1) x_i / (n sum_i x_i) for x in ascending order, i = 1 .. n.
 
@@ -71,7 +71,7 @@ def gini(values: Float[Tensor, " n"]) -> float:
 def cosine_logits(
     modulus: int, frequencies: Sequence[int], weights: Float[Tensor, " keys"] | None = None
 ) -> Float[Tensor, "modulus modulus modulus"]:
-    """Return sum_k alpha_k cos(w_k (a + b - c)) for all a, b, c: the algorithm written down. alpha_k = 1 by default."""
+    """sum_k alpha_k cos(w_k (a + b - c)) for all a, b, c: the algorithm written down. alpha_k = 1 by default."""
     _require_frequencies(frequencies, modulus)
     if weights is not None and len(weights) != len(frequencies):
         raise ValueError(f"one weight a frequency: got {len(weights)} for {len(frequencies)} frequencies")
@@ -85,7 +85,7 @@ def cosine_logits(
 def along_sum(
     logits: Float[Tensor, "modulus modulus answers"], frequencies: Sequence[int]
 ) -> Float[Tensor, "modulus modulus answers"]:
-    """Return the part of each answer's logit that is a combination of cos and sin w_k (a + b), for the k given."""
+    """The part of each answer's logit that is a combination of cos and sin w_k (a + b), for the k given."""
     modulus = _modulus_of(logits)
     _require_frequencies(frequencies, modulus)
     directions = _sum_waves(modulus, frequencies).to(logits.device)
@@ -96,14 +96,14 @@ def along_sum(
 def restricted(
     logits: Float[Tensor, "modulus modulus answers"], frequencies: Sequence[int]
 ) -> Float[Tensor, "modulus modulus answers"]:
-    """Return what is left of the logits when only the key frequencies of a + b are kept, and each answer's mean."""
+    """What is left of the logits when only the key frequencies of a + b are kept, and each answer's mean."""
     return along_sum(logits, frequencies) + logits.detach().double().mean((0, 1))
 
 
 def excluded(
     logits: Float[Tensor, "modulus modulus answers"], frequencies: Sequence[int]
 ) -> Float[Tensor, "modulus modulus answers"]:
-    """Return the logits without the key frequencies of a + b: what a network has memorised survives in them."""
+    """The logits without the key frequencies of a + b: what a network has memorised survives in them."""
     return logits.detach().double() - along_sum(logits, frequencies)
 
 
@@ -145,7 +145,7 @@ def fit_cosines(logits: Float[Tensor, "modulus modulus modulus"], frequencies: S
 def neuron_frequencies(
     activations: Float[Tensor, "modulus modulus neurons"],
 ) -> tuple[Int[Tensor, " neurons"], Float[Tensor, " neurons"]]:
-    """Return each neuron's best frequency, and the share of its variance over (a, b) that this frequency explains.
+    """Each neuron's best frequency, and the share of its variance over (a, b) that this frequency explains.
 
     Explained is what lies in cos and sin of w_k a and of w_k b and their four products. A neuron that never changes
     explains nothing (0).
@@ -167,7 +167,7 @@ def neuron_frequencies(
 def accuracy_and_loss(
     logits: Float[Tensor, "modulus modulus modulus"], pairs: Bool[Tensor, "modulus modulus"] | None = None
 ) -> tuple[float, float]:
-    """Return the share of pairs with argmax a + b, and the mean cross-entropy in nats; over `pairs`, or over all."""
+    """The share of pairs with argmax a + b, and the mean cross-entropy in nats; over `pairs`, or over all."""
     modulus = _modulus_of(logits)
     x = torch.arange(modulus, device=logits.device)
     answer = (x[:, None] + x) % modulus
@@ -182,7 +182,7 @@ def accuracy_and_loss(
 
 
 def _sum_waves(modulus: int, frequencies: Sequence[int]) -> Float[Tensor, "waves pairs"]:
-    """Return orthonormal rows cos and sin w_k (a + b) over the pairs."""
+    """Orthonormal rows cos and sin w_k (a + b) over the pairs."""
     x = torch.arange(modulus)
     total = ((x[:, None] + x) % modulus).flatten()
     basis = fourier_basis(modulus)

@@ -6,8 +6,9 @@ The small scale is the one-hidden-layer network of `grokking`, narrow enough tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,11 +17,11 @@ from torch.nn import functional
 
 from paperworks import train
 from paperworks.interpret.taps import record
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.papers.circuits.grokking_mech_interp import fourier
 from paperworks.papers.training.grokking import OperandNetwork
 from paperworks.testbeds.algorithmic import Table, operation_table
+from paperworks.testbeds.training import fit
 
 paper = Paper(
     key="grokking-mech-interp",
@@ -41,6 +42,18 @@ paper = Paper(
         "paperworks.papers.circuits.grokking_mech_interp.fourier.fit_cosines",
         "paperworks.papers.circuits.grokking_mech_interp.fourier.neuron_frequencies",
     ),
+    equation=r"\text{logit}(c) \approx \sum_k \alpha_k \cos\!\left(\tfrac{2 \pi k}{p} (a + b - c)\right)",
+    usage="""
+from paperworks.papers.circuits.grokking_mech_interp import fourier
+
+logits = fourier.cosine_logits(113, [14, 35, 41, 42, 52])    # the algorithm written down, for all a, b and c
+print("accuracy:", fourier.accuracy_and_loss(logits)[0])
+print("explained:", fourier.fit_cosines(logits, [14, 35, 41, 42, 52]).explained)
+without = fourier.excluded(logits, [14, 35, 41])
+print("with two of the five frequencies:", fourier.accuracy_and_loss(without)[0])
+""",
+    notes="The paper's network is a one-layer transformer modulo 113, trained past the clean-up; here one hidden layer "
+    "adds modulo 59 and stops as soon as the held-out equations are right.",
 )
 
 PRIME = 59  # the modulus
@@ -70,18 +83,18 @@ class Run:
         self.power.append(fourier.frequency_power(both))
 
     def held_out(self, frequencies: Sequence[int] | None = None, *, keep: bool = True) -> list[float]:
-        """Return the accuracy on held-out pairs at each look; with frequencies, with only these kept or these gone."""
+        """Accuracy on held-out pairs at each look; with frequencies, with only these kept or these gone."""
         change = fourier.restricted if keep else fourier.excluded
         tables = self.logits if frequencies is None else [change(each, frequencies) for each in self.logits]
         return [fourier.accuracy_and_loss(table, ~self.shown)[0] for table in tables]
 
     def shares(self, frequencies: Sequence[int]) -> list[float]:
-        """Return the frequencies' share of the embeddings' power at each look."""
+        """The frequencies' share of the embeddings' power at each look."""
         index = torch.tensor(frequencies) - 1
         return [float(power[index].sum() / power.sum()) for power in self.power]
 
     def sparsity(self) -> list[float]:
-        """Return Gini's coefficient of the embeddings' power at each look."""
+        """Gini's coefficient of the embeddings' power at each look."""
         return [fourier.gini(power) for power in self.power]
 
 
@@ -97,54 +110,35 @@ def _loss(model: nn.Module, table: Table) -> Tensor:
 _RUNS: dict[tuple[int, int, float], Run] = {}  # two claims look at the same training
 
 
-def _train(lab: Lab, weight_decay: float, steps: int | None = None) -> Run:
-    """Train to held-out accuracy, or for so many steps, and look at all pairs along the way."""
+def _train(lab: Lab, seed: int, weight_decay: float, steps: int | None = None) -> Run:
+    """Train to held-out accuracy, or for `steps`, and look at all pairs along the way."""
     limit = steps or lab.pick(smoke=3 * LOOK_EVERY, small=10_000)
-    known = (limit, lab.seed, weight_decay)
+    known = (limit, seed, weight_decay)
     if known in _RUNS:
         return _RUNS[known]
-    table, _ = operation_table("x+y", PRIME).split(SHOWN, seed=lab.seed)
+    table, _ = operation_table("x+y", PRIME).split(SHOWN, seed=seed)
     shown = torch.zeros(PRIME, PRIME, dtype=torch.bool)
     shown[table.left, table.right] = True
-    torch.manual_seed(lab.seed)  # every run starts from the same weights
+    torch.manual_seed(seed)  # every run of a seed starts from the same weights
     run = Run(OperandNetwork(PRIME, WIDTH, HIDDEN), shown)
-    settings = train.Settings(
-        steps=limit,
-        lr=1e-3,
-        optimizer=train.AdamW(betas=(0.9, 0.98), weight_decay=weight_decay),
-        warmup=10,
-        schedule="constant",
-        clip=None,
-        seed=None,
-        save_every=None,
-        log_every=limit,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(f"adding modulo {PRIME}, weight decay {weight_decay:g}", limit) as advance:
 
-        def look(step: int) -> bool:
-            if step % LOOK_EVERY:
-                return False
-            run.note(step)
-            advance(LOOK_EVERY)
-            accuracy = fourier.accuracy_and_loss(run.logits[-1], ~shown)[0]
-            return steps is None and accuracy > GENERALISED
+    def look(step: int) -> bool:
+        if step % LOOK_EVERY:
+            return False
+        run.note(step)
+        return steps is None and fourier.accuracy_and_loss(run.logits[-1], ~shown)[0] > GENERALISED
 
-        train.fit(run.model, _loss, [table], settings, on_step=look)
+    adam = train.AdamW(betas=(0.9, 0.98), weight_decay=weight_decay)
+    constant: dict[str, Any] = {"schedule": "constant", "warmup": 10, "clip": None}
+    with lab.threads(1):
+        fit(run.model, _loss, [table], steps=limit, lr=1e-3, seed=seed, optimizer=adam, on_step=look, **constant)
     _RUNS[known] = run
     return run
 
 
-def _first(steps: list[int], values: list[float], at_least: float) -> int | None:
-    return next((step for step, value in zip(steps, values, strict=True) if value >= at_least), None)
-
-
-def _before(step: int | None, other: int | None) -> bool:
-    return step is not None and other is not None and step < other
-
-
-def _shown_step(step: int | None) -> int | str:
-    return "never" if step is None else step
+def _first(steps: list[int], values: list[float], at_least: float) -> int:
+    """First step at which a curve reaches a value; one look past the end where it never does."""
+    return next((step for step, value in zip(steps, values, strict=True) if value >= at_least), steps[-1] + LOOK_EVERY)
 
 
 @paper.claim(
@@ -155,74 +149,48 @@ def _shown_step(step: int | None) -> int | str:
 )
 def circuit_leads(lab: Lab) -> Verdict:
     """Follow the end's key frequencies backwards: how much the embedding holds of them, and how far they suffice."""
-    run = _train(lab, 1.0)
-    free = _train(lab, 0.0, run.steps[-1])
-    keys, free_keys = (fourier.key_frequencies(each.power[-1], KEYS) for each in (run, free))
-    accuracy, alone = run.held_out(), run.held_out(keys)
-    shares, sparsity = run.shares(keys), run.sparsity()
-    free_shares, free_sparsity, free_alone = free.shares(free_keys), free.sparsity(), free.held_out(free_keys)
-    early = min(1, len(run.steps) - 1)  # step 200
-    circuit, jump = _first(run.steps, alone, 0.95), _first(run.steps, accuracy, 0.2)
-    _draw_lead(lab, run, keys, accuracy, alone, free.held_out())
-    at_jump = accuracy[run.steps.index(circuit)] if circuit is not None else "never"
-    return lab.judge(
-        checks={
-            "the key frequencies alone are right on 95% of held-out pairs before the network is on 20%": (
-                _before(circuit, jump)
-            ),
-            "the key frequencies' share of the power at least doubles from step 200 to the end": (
-                shares[-1] >= 2 * shares[early]
-            ),
-            "Gini's coefficient at least doubles": sparsity[-1] >= 2 * sparsity[early],
-            "without weight decay the share does not double": free_shares[-1] < 2 * free_shares[early],
-            "nor do its key frequencies alone reach 95%": max(free_alone) < 0.95,
-        },
-        measured={
-            "key frequencies": list(keys),
-            "they alone reach 95% at step": _shown_step(circuit),
-            "held-out accuracy then": at_jump,
-            "held-out accuracy reaches 20% at step": _shown_step(jump),
-            "the run ends at step": run.steps[-1],
-            "with held-out accuracy": accuracy[-1],
-            "share of the power, step 200": shares[early],
-            "share of the power, end": shares[-1],
-            "Gini, step 200": sparsity[early],
-            "Gini, end": sparsity[-1],
-        },
-        control={
-            "held-out accuracy": free.held_out()[-1],
-            "share of the power, step 200": free_shares[early],
-            "share of the power, end": free_shares[-1],
-            "Gini, step 200": free_sparsity[early],
-            "Gini, end": free_sparsity[-1],
-            "best held-out accuracy of its key frequencies alone": max(free_alone),
-        },
-        note=(
-            f"x + y modulo {PRIME}, {SHOWN:.0%} of the equations, {HIDDEN} hidden units. A wider network spreads its "
-            "answer over more frequencies, of which five are then only a part."
-        ),
+
+    def arm(weight_decay: float) -> Callable[[int], dict[str, float | list[float]]]:
+        def measured(seed: int) -> dict[str, float | list[float]]:
+            run = _train(lab, seed, 1.0)
+            if not weight_decay:
+                run = _train(lab, seed, 0.0, run.steps[-1])
+            keys = fourier.key_frequencies(run.power[-1], KEYS)
+            accuracy, alone, shares, sparsity = run.held_out(), run.held_out(keys), run.shares(keys), run.sparsity()
+            early = min(1, len(run.steps) - 1)  # step 200
+            circuit, jump = _first(run.steps, alone, 0.95), _first(run.steps, accuracy, 0.2)
+            return {
+                "best accuracy of the key frequencies alone": max(alone),
+                "steps by which the key frequencies lead": jump - circuit,
+                "key frequencies' share of the power, end over step 200": shares[-1] / shares[early],
+                "Gini's coefficient, end over step 200": sparsity[-1] / sparsity[early],
+                "step": [float(step) for step in run.steps],
+                "the network": accuracy,
+                "five key frequencies alone": alone,
+            }
+
+        return measured
+
+    decay, free = "weight decay 1", "no weight decay"
+    share, gini = "key frequencies' share of the power, end over step 200", "Gini's coefficient, end over step 200"
+    verdict = lab.compare(
+        arms={decay: arm(1.0), free: arm(0.0)},
+        main=Beats(decay, free, on="best accuracy of the key frequencies alone", by=0.3),
+        also=[
+            # 95% right by the key frequencies alone, before the network is right on 20%.
+            AtLeast(decay, LOOK_EVERY, on="steps by which the key frequencies lead"),
+            AtLeast(decay, 2.0, on=share),
+            AtLeast(decay, 2.0, on=gini),
+            AtMost(free, 2.0, on=share),
+        ],
+        seeds=3,
+        note=f"x + y modulo {PRIME}, {SHOWN:.0%} of the equations, {HIDDEN} hidden units; accuracies on held-out "
+        "equations. A wider network spreads its answer over more frequencies, of which five are then only a part.",
     )
-
-
-def _draw_lead(
-    lab: Lab, run: Run, keys: Sequence[int], accuracy: list[float], alone: list[float], free: list[float]
-) -> None:
-    with lab.figure("lead", figsize=(8.6, 3.6)) as figure:
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        left.plot(run.steps, alone, color=COLORS[1], label="five key frequencies alone")
-        left.plot(run.steps, accuracy, color=COLORS[0], label="the network")
-        left.plot(run.steps, free, color=CONTROL, label="no weight decay (control)")
-        left.set_xlabel("optimization steps")
-        left.set_title("Accuracy on held-out equations")
-        left.legend(loc="center right", bbox_to_anchor=(1.0, 0.24))
-        power = run.power[-1] / run.power[-1].sum()
-        frequencies = range(1, len(power) + 1)
-        right.bar(frequencies, power.tolist(), color=[COLORS[1] if k in keys else CONTROL for k in frequencies])
-        right.set_xlabel("frequency")
-        right.set_yticks([0, 0.05, 0.1, 0.15])
-        right.set_title("Embedding's power at the end")
-        for axes in (left, right):
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    lab.curves(
+        "five key frequencies alone", "the network", x="step", name="lead", title="Accuracy on held-out equations"
+    )
+    return verdict
 
 
 @paper.claim(
@@ -233,50 +201,55 @@ def _draw_lead(
 )
 def answers_need_the_keys(lab: Lab) -> Verdict:
     """Take the key frequencies out of the logits, and the weakest ones for comparison; time the excluded loss."""
-    run = _train(lab, 1.0)
-    keys = fourier.key_frequencies(run.power[-1], KEYS)
-    weakest = fourier.key_frequencies(-run.power[-1], KEYS)
-    without, spared = run.held_out(keys, keep=False), run.held_out(weakest, keep=False)
-    accuracy = run.held_out()
-    losses = [fourier.accuracy_and_loss(fourier.excluded(table, keys), run.shown)[1] for table in run.logits]
-    lowest = losses.index(min(losses))
-    half = _first(run.steps, accuracy, 0.5)
-    held_out = ~run.shown
-    loss = fourier.accuracy_and_loss(run.logits[-1], held_out)[1]
-    kept_loss = fourier.accuracy_and_loss(fourier.restricted(run.logits[-1], keys), held_out)[1]
-    fit = fourier.fit_cosines(run.logits[-1], keys)
-    frequencies, explained = _neurons(run.model)
-    _draw_excluded(lab, run, accuracy, losses)
-    return lab.judge(
-        checks={
-            "without the key frequencies held-out accuracy is at most 15%": without[-1] <= 0.15,
-            "without the weakest ones it stays above 95%": spared[-1] > 0.95,
-            "the training loss without the key frequencies is past its minimum before held-out accuracy reaches 50%": (
-                _before(run.steps[lowest], half)
+
+    def arm(weakest: bool) -> Callable[[int], dict[str, float | list[float]]]:
+        def measured(seed: int) -> dict[str, float | list[float]]:
+            run = _train(lab, seed, 1.0)
+            power = run.power[-1]
+            keys, gone = (
+                fourier.key_frequencies(power, KEYS),
+                fourier.key_frequencies(-power if weakest else power, KEYS),
+            )
+            losses = [fourier.accuracy_and_loss(fourier.excluded(table, gone), run.shown)[1] for table in run.logits]
+            lowest, held_out = losses.index(min(losses)), ~run.shown
+            loss = fourier.accuracy_and_loss(run.logits[-1], held_out)[1]
+            kept = fourier.accuracy_and_loss(fourier.restricted(run.logits[-1], keys), held_out)[1]
+            return {
+                "held-out accuracy without them": run.held_out(gone, keep=False)[-1],
+                "steps from the training loss's minimum without them to 50% held-out accuracy": (
+                    _first(run.steps, run.held_out(), 0.5) - run.steps[lowest]
+                ),
+                "training loss without them, end over minimum": losses[-1] / losses[lowest],
+                "held-out loss with the key frequencies only, over that of the network": kept / loss,
+                "median share of a neuron's variance in one frequency": float(_neurons(run.model)[1].median()),
+                "share of the logits' variance in five cosines": fourier.fit_cosines(run.logits[-1], keys).explained,
+                "step": [float(step) for step in run.steps],
+                "training loss without them": losses,
+            }
+
+        return measured
+
+    keys, weakest = "key frequencies taken out", "weakest frequencies taken out"
+    verdict = lab.compare(
+        arms={keys: arm(False), weakest: arm(True)},
+        main=Beats(keys, weakest, on="held-out accuracy without them", by=0.8, lower=True),
+        also=[
+            AtMost(keys, 0.15, on="held-out accuracy without them"),
+            AtLeast(
+                keys,
+                LOOK_EVERY,
+                on="steps from the training loss's minimum without them to 50% held-out accuracy",
             ),
-            "and ends at least 5% above it": losses[-1] > 1.05 * losses[lowest],
-            "taking out all other frequencies lowers the held-out loss": kept_loss < loss,
-            "half of the neurons are explained to 85% by one frequency": explained.median() > 0.85,
-        },
-        measured={
-            "held-out accuracy": accuracy[-1],
-            "without the key frequencies": without[-1],
-            "training loss without them is lowest at step": run.steps[lowest],
-            "that loss": losses[lowest],
-            "at the end": losses[-1],
-            "held-out accuracy reaches 50% at step": _shown_step(half),
-            "held-out loss": loss,
-            "held-out loss with the key frequencies only": kept_loss,
-            "share of the logits' variance in cos w_k (a + b - c)": fit.explained,
-            "median share of a neuron's variance in one frequency": explained.median(),
-            "neurons whose frequency is a key one": torch.isin(frequencies, torch.tensor(keys)).float().mean(),
-        },
-        control={"held-out accuracy without the five weakest frequencies": spared[-1]},
-        note=(
-            "The run ends as soon as the held-out equations are right, before the clean-up is over: of the logits' "
-            "variance the five cosines explain less than the paper's 95%."
-        ),
+            AtLeast(keys, 1.05, on="training loss without them, end over minimum"),
+            AtMost(keys, 1.0, on="held-out loss with the key frequencies only, over that of the network"),
+            AtLeast(keys, 0.85, on="median share of a neuron's variance in one frequency"),
+        ],
+        seeds=3,
+        note="The run ends as soon as the held-out equations are right, before the clean-up is over: of the logits' "
+        "variance the five cosines explain less than the paper's 95%.",
     )
+    lab.curves("training loss without them", x="step", name="excluded", title="Training loss, frequencies taken out")
+    return verdict
 
 
 @torch.no_grad()
@@ -285,17 +258,6 @@ def _neurons(model: OperandNetwork) -> tuple[Tensor, Tensor]:
     with record(model, ["hidden"]) as seen:
         model.hidden(torch.cat([model.left(left), model.right(right)], dim=-1))
     return fourier.neuron_frequencies(seen["hidden"].relu().view(PRIME, PRIME, -1))
-
-
-def _draw_excluded(lab: Lab, run: Run, accuracy: list[float], losses: list[float]) -> None:
-    with lab.figure("excluded", figsize=(7.4, 3.6)) as figure:
-        axes = figure.subplots()
-        axes.plot(run.steps, losses, color=COLORS[1], label="training loss without the key frequencies (nats)")
-        axes.set_xlabel("optimization steps")
-        axes.set_ylim(0, None)
-        axes.set_title("What the network knows without its key frequencies")
-        axes.plot(run.steps, accuracy, color=COLORS[0], label="held-out accuracy of the network (0 to 1)")
-        axes.legend(loc="upper right")
 
 
 @paper.claim(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from paperworks.interpret.probing.separation import bootstrap
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict
 from paperworks.papers.circuits.polytope_lens import polytopes
 from paperworks.testbeds.pictures import Classes, Images, accuracy, fit, network
 
@@ -30,6 +31,21 @@ paper = Paper(
         "paperworks.papers.circuits.polytope_lens.polytopes.crossing_density",
         "paperworks.papers.circuits.polytope_lens.polytopes.hamming",
     ),
+    equation=r"f(x) = W_s x + b_s \text{ where } s(x) = \operatorname{sign}(\text{pre-activations}) = s, "
+    r"\qquad \text{density}(a, b) = \frac{\text{changes of } s \text{ from } a \text{ to } b}{\lVert a - b \rVert}",
+    usage="""
+import torch
+from torch import nn
+from paperworks.papers.circuits.polytope_lens import polytopes
+
+model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+a, b = torch.randn(2, 8, dtype=torch.float64)
+print("units that are on:", polytopes.spline_code(model, a[None]).sum().item(), "of 32")
+piece = polytopes.affine_map(model, a)                     # W and b of the polytope that a is in
+print("it is the network there:", torch.allclose(piece(a[None]), model(a[None])))
+print("boundaries from a to b:", len(polytopes.crossings(model, a, b)))
+""",
+    notes="Drawn pictures of ten classes and a network of three layers; the paper uses InceptionV1 and GPT-2.",
 )
 
 # Patterns of each class and the noise on them: a class is several clouds, so noisy that the network misses about 2%.
@@ -37,35 +53,30 @@ paper = Paper(
 STYLES, NOISE = 6, 0.9
 
 
-def _trained(lab: Lab) -> tuple[nn.Sequential, nn.Sequential, Images, Images]:
-    """Return a trained classifier, the same before training, the images trained on and held-out ones."""
+@cache
+def _trained(lab: Lab, seed: int) -> tuple[nn.Sequential, nn.Sequential, Images, Images]:
+    """A trained classifier, the same before training, the images trained on and held-out ones."""
     classes = Classes.smooth(STYLES, NOISE)
-    shown = classes.draw(lab.pick(smoke=200, small=4000), 2 + 10 * lab.seed)
-    held_out = classes.draw(lab.pick(smoke=60, small=1400), 3 + 10 * lab.seed)
-    model, fresh = network(lab.seed), network(lab.seed)
+    shown = classes.draw(lab.pick(smoke=200, small=4000), 2 + 10 * seed)
+    held_out = classes.draw(lab.pick(smoke=60, small=1400), 3 + 10 * seed)
+    model, fresh = network(seed), network(seed)
     with lab.threads(1):
-        fit(model, shown, steps=lab.pick(smoke=5, small=1500), rate=1e-3, seed=lab.seed)
+        fit(model, shown, steps=lab.pick(smoke=5, small=1500), rate=1e-3, seed=seed)
     return model.eval(), fresh.eval(), shown, held_out
 
 
 @torch.no_grad()
-def _densities(lab: Lab, model: nn.Module, images: Images, pairs: Tensor, name: str) -> Float[Tensor, " pairs"]:
-    """Return the number of boundaries for each unit of distance, on the segment between the images of each pair."""
+def _densities(model: nn.Module, images: Images, pairs: Tensor) -> Float[Tensor, " pairs"]:
+    """Boundaries for each unit of distance, on the segment between the images of each pair."""
     exact = network(0).double()
     exact.load_state_dict(model.state_dict())
     pixels = images.pixels.double()
-    with lab.threads(1):
-        return torch.tensor(
-            [
-                polytopes.crossing_density(exact, pixels[a], pixels[b])
-                for a, b in lab.track(pairs.tolist(), f"boundaries, {name}")
-            ]
-        )
+    return torch.tensor([polytopes.crossing_density(exact, pixels[a], pixels[b]) for a, b in pairs.tolist()])
 
 
-def _pairs(images: Images, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw pairs of different images of different classes, and of one class."""
-    drawn = torch.randint(len(images), (40 * count, 2), generator=torch.Generator().manual_seed(seed))
+def _pairs(images: Images, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pairs of different images of different classes, and of one class."""
+    drawn = torch.randint(len(images), (40 * count, 2), generator=draws)
     drawn = drawn[drawn[:, 0] != drawn[:, 1]]
     same = images.labels[drawn[:, 0]] == images.labels[drawn[:, 1]]
     return drawn[~same][:count], drawn[same][:count]
@@ -74,102 +85,67 @@ def _pairs(images: Images, count: int, seed: int) -> tuple[Tensor, Tensor]:
 @paper.claim(
     "More polytope boundaries lie between images of different classes than within a class",
     paper="Polytope boundaries reflect semantic boundaries: more of them, for the distance, between images of "
-    "different classes than of the same class; measured before on digits: 1.10 times, untrained 0.97",
+    "different classes than of the same class",
     control="the same network before training",
 )
 def boundaries_lie_between_classes(lab: Lab) -> Verdict:
     """Count the switches of units on segments between held-out images, exactly, for each unit of distance."""
-    model, fresh, _, images = _trained(lab)
-    across, within = _pairs(images, lab.pick(smoke=10, small=700), lab.seed)
-    found = {}
-    for name, each in (("trained", model), ("untrained", fresh)):
-        found[name] = tuple(_densities(lab, each, images, pairs, name) for pairs in (across, within))
+    count = lab.pick(smoke=10, small=700)
 
-    def ratio(name: str, rows: Tensor | None = None) -> float:
-        apart, together = found[name]
-        if rows is None:
-            return float(apart.mean() / together.mean())
-        # rows below the number of pairs are pairs across classes, those above it pairs within
-        first = rows[rows < len(apart)]
-        return float(apart[first].mean() / together[rows[rows >= len(apart)] - len(apart)].mean())
+    def arm(trained: bool) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            model, fresh, _, images = _trained(lab, seed)
+            pairs = _pairs(images, count, lab.generator(seed))
+            across, within = (_densities(model if trained else fresh, images, each) for each in pairs)
+            return {
+                "boundaries across classes, over those within": float(across.mean() / within.mean()),
+                "boundaries for each unit of distance across classes": float(across.mean()),
+                "accuracy": accuracy(model if trained else fresh, images),
+            }
 
-    total = len(across) + len(within)
-    spans = {
-        name: bootstrap(lambda rows, name=name: ratio(name, rows), total, seed=lab.seed)  # type: ignore[misc]
-        for name in found
-    }
-    below = _share_at_most_one(found["trained"], lab.seed)
-    _draw(lab, found)
-    return lab.judge(
-        checks={
-            "the ratio is above 1.05": spans["trained"].value > 1.05,
-            "it is above 1 with p < 0.01, by resampling pairs": below < 0.01,
-            "and above the untrained network's": spans["trained"].low > spans["untrained"].high,
-        },
-        measured={
-            "ratio of boundaries across to within classes": spans["trained"].value,
-            "95% interval": [spans["trained"].low, spans["trained"].high],
-            "share of resamples at most 1": below,
-            "accuracy on these images": accuracy(model, images),
-            "boundaries for each unit of distance across classes": float(found["trained"][0].mean()),
-            "within": float(found["trained"][1].mean()),
-            "pairs of each kind": len(across),
-        },
-        control={
-            "ratio, untrained": spans["untrained"].value,
-            "95% interval": [spans["untrained"].low, spans["untrained"].high],
-        },
+        return measured
+
+    after, before, on = "trained", "before training", "boundaries across classes, over those within"
+    verdict = lab.compare(
+        arms={after: arm(True), before: arm(False)},
+        main=Beats(after, before, on=on, by=0.05),
+        also=[AtLeast(after, 1.05, on=on)],
+        seeds=5,
+        note=f"{count} held-out pairs of each kind; ten classes of {STYLES} noisy patterns each.",
     )
-
-
-def _share_at_most_one(densities: tuple[Tensor, ...], seed: int) -> float:
-    """Return the share of 2,000 resamples of the pairs in which the ratio is 1 or less."""
-    draws = torch.Generator().manual_seed(seed)
-    apart, together = (
-        values[torch.randint(len(values), (2000, len(values)), generator=draws)].mean(1) for values in densities
-    )
-    return float((apart <= together).float().mean())
-
-
-def _draw(lab: Lab, found: dict[str, tuple[Tensor, ...]]) -> None:
-    with lab.figure("boundaries", figsize=(8.2, 3.4)) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, (name, (across, within)) in zip(panels, found.items(), strict=True):
-            edges = torch.linspace(0, float(torch.cat([across, within]).max()), 31).tolist()
-            axes.hist(within.tolist(), edges, color=CONTROL, label="one class")
-            axes.hist(across.tolist(), edges, histtype="step", color=COLORS[0], linewidth=2, label="two classes")
-            axes.set_xlabel("boundaries for each unit of distance")
-            axes.set_title(f"Pairs of images, {name}")
-        panels[0].legend(loc="upper left")
+    lab.points(on, name="boundaries", title="Boundaries between and within classes")
+    return verdict
 
 
 @paper.claim(
     "Images in nearby polytopes are of one class",
-    paper="Clusters of spline codes look more monosemantic than neurons or directions; measured before on digits: "
-    "the nearest code has the right class for 86%",
+    paper="Clusters of spline codes look more monosemantic than neurons or directions",
     control="the codes of the same network before training",
 )
 def near_codes_share_a_class(lab: Lab) -> Verdict:
     """Give held-out images the class of the training image whose code differs in the fewest units."""
-    model, fresh, shown, images = _trained(lab)
-    library = shown[torch.arange(min(1200, len(shown)))]
-    right = {}
-    for name, each in (("trained", model), ("untrained", fresh)):
-        codes = (polytopes.spline_code(each, part.pixels) for part in (images, library))
-        nearest = polytopes.hamming(*codes).argmin(1)
-        right[name] = (library.labels[nearest] == images.labels).float().mean().item()
-    return lab.judge(
-        checks={
-            "the nearest code has the right class for more than 80%": right["trained"] > 0.8,
-            "for at least 5 points more than before training": right["trained"] > right["untrained"] + 0.05,
-        },
-        measured={
-            "nearest code, right class": right["trained"],
-            "the network itself": accuracy(model, images),
-            "codes compared with": len(library),
-        },
-        control={"nearest code, right class, untrained": right["untrained"]},
+
+    def arm(trained: bool) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            model, fresh, shown, images = _trained(lab, seed)
+            library = shown[torch.arange(min(1200, len(shown)))]
+            chosen = model if trained else fresh
+            codes = (polytopes.spline_code(chosen, part.pixels) for part in (images, library))
+            nearest = polytopes.hamming(*codes).argmin(1)
+            return {"nearest code of the right class": (library.labels[nearest] == images.labels).float().mean().item()}
+
+        return measured
+
+    after, before, on = "trained", "before training", "nearest code of the right class"
+    verdict = lab.compare(
+        arms={after: arm(True), before: arm(False)},
+        main=Beats(after, before, on=on, by=0.05),
+        also=[AtLeast(after, 0.8, on=on)],
+        seeds=5,
+        note="Compared with the codes of 1,200 training images.",
     )
+    lab.points(on, name="nearest", title="Nearest code of the right class")
+    return verdict
 
 
 @paper.claim(
@@ -235,7 +211,7 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def _error_of_wrong_codes(model: nn.Sequential, x: Tensor) -> float:
-    """Return by how much the product of the layers misses f(x) when the two layers' codes are exchanged."""
+    """By how much the product of the layers misses f(x) when the two layers' codes are exchanged."""
     first, second = (value[0] > 0 for value in polytopes.pre_activations(model, x[None]).values())
     layers = _linears(model)
     output = layers[2](first * layers[1](second * layers[0](x)))

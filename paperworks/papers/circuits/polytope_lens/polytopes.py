@@ -28,7 +28,7 @@ _EVALUATED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
 
 
 def rectifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return {path: module} of the rectifiers.
+    """The rectifiers, by path.
 
     Raises:
         ValueError: when there is none, when another part is not piecewise linear or keeps its switches elsewhere
@@ -67,7 +67,7 @@ def _before_rectifiers(model: nn.Module, see: Callable[[str, Tensor], Tensor | N
 
 @torch.no_grad()
 def pre_activations(model: nn.Module, x: Float[Tensor, "batch ..."]) -> dict[str, Float[Tensor, "batch units"]]:
-    """Return what each rectifier receives, flattened, in the order in which they run."""
+    """What each rectifier receives, flattened, in the order in which they run."""
     seen: dict[str, Tensor] = {}
 
     def see(path: str, value: Tensor) -> None:
@@ -81,12 +81,12 @@ def pre_activations(model: nn.Module, x: Float[Tensor, "batch ..."]) -> dict[str
 
 
 def spline_code(model: nn.Module, x: Float[Tensor, "batch ..."]) -> Bool[Tensor, "batch units"]:
-    """Return which units are on, over all rectifiers: the name of the polytope each input is in."""
+    """Which units are on, over all rectifiers: the name of the polytope each input is in."""
     return torch.cat([value > 0 for value in pre_activations(model, x).values()], dim=1)
 
 
 def hamming(a: Bool[Tensor, "rows units"], b: Bool[Tensor, "others units"]) -> Int[Tensor, "rows others"]:
-    """Return in how many units two codes differ, for every pair."""
+    """In how many units two codes differ, for every pair."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"codes must be (rows, units) of one network, got {tuple(a.shape)} and {tuple(b.shape)}")
     left, right = a.float(), b.float()
@@ -108,7 +108,7 @@ class AffineMap:
 
 @torch.no_grad()
 def affine_map(model: nn.Module, x: Float[Tensor, "..."], chunk: int = 1024) -> AffineMap:
-    """Return the map that the network is on the polytope of `x` (one input, without a batch dimension).
+    """The map that the network is on the polytope of `x` (one input, without a batch dimension).
 
     Found by products of the layers with every rectifier replaced by its slopes at x: b is the output of 0, column i of
     W what unit input i adds to it.
@@ -142,7 +142,7 @@ def affine_map(model: nn.Module, x: Float[Tensor, "..."], chunk: int = 1024) -> 
 
 @torch.no_grad()
 def crossings(model: nn.Module, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, " crossings"]:
-    """Return where on the segment from a to b (0 to 1) units switch, ascending, one entry for each switch. Exact.
+    """Where on the segment from a to b (0 to 1) units switch, ascending, one entry for each switch. Exact.
 
     Between the switches of earlier rectifiers, what a rectifier receives is a straight line in the position, so its
     zeros follow from the values at those switches: one pass for each rectifier, and none is missed as by sampling.
@@ -164,7 +164,7 @@ def crossings(model: nn.Module, a: Float[Tensor, "..."], b: Float[Tensor, "..."]
 
 
 def crossing_density(model: nn.Module, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> float:
-    """Return the number of switches between a and b for each unit of distance."""
+    """The number of switches between a and b for each unit of distance."""
     distance = float((b - a).norm())
     if not distance > 0:
         raise ValueError("the ends of the segment are the same point, so there is no distance to count along")

@@ -20,7 +20,7 @@ States = Float[Tensor, "depth n dim"]
 
 
 def area(probe: Probe, inside: Float[Tensor, "n dim"], outside: Float[Tensor, "m dim"]) -> float:
-    """Return the AUROC of a probe: how often it scores a case inside the class above one outside, ties counting half.
+    """The AUROC of a probe: how often it scores a case inside the class above one outside, ties counting half.
 
     No sign is chosen: 0 is a probe that is always wrong, and the negated probe has 1 minus it.
     """
@@ -29,7 +29,7 @@ def area(probe: Probe, inside: Float[Tensor, "n dim"], outside: Float[Tensor, "m
 
 
 def component_probe(inside: Float[Tensor, "n dim"], outside: Float[Tensor, "m dim"]) -> Probe:
-    """Return the first principal component of all states together, 0 at their mean.
+    """The first principal component of all states together, 0 at their mean.
 
     Labels give one bit: of v and -v the one under which the class scores higher.
     """
@@ -54,15 +54,15 @@ class LayeredProbe:
     layer: int
 
     def area(self, inside: States, outside: States) -> float:
-        """Return the AUROC at the chosen layer, on other cases than it was chosen on."""
+        """The AUROC at the chosen layer, on other cases than it was chosen on."""
         return area(self.probes[self.layer], inside[self.layer], outside[self.layer])
 
     def areas(self, inside: States, outside: States) -> list[float]:
-        """Return the AUROC of every layer."""
+        """The AUROC of every layer."""
         return [area(probe, one, other) for probe, one, other in zip(self.probes, inside, outside, strict=True)]
 
     def scores(self, states: States) -> Float[Tensor, " n"]:
-        """Return the scores at the chosen layer."""
+        """The scores at the chosen layer."""
         return self.probes[self.layer].score(states[self.layer])
 
 
@@ -91,7 +91,7 @@ def choose_layer(
 def blind_areas(
     inside: Float[Tensor, "n dim"], outside: Float[Tensor, "m dim"], *, draws: int = 100, seed: int = 0
 ) -> Float[Tensor, " draws"]:
-    """Return the AUROCs of random directions; their mean is 0.5, for v and -v are as likely.
+    """The AUROCs of random directions; their mean is 0.5, for v and -v are as likely.
 
     Where the class is what states vary in most, many are near 0 or 1: a direction that is better than chance shows
     little before it is better than most of these.
@@ -110,7 +110,7 @@ def blind_layered_areas(
     draws: int = 100,
     seed: int = 0,
 ) -> Float[Tensor, " draws"]:
-    """Return the AUROCs of random directions whose layer is chosen as a probe's is: the fair bar for a chosen layer.
+    """The AUROCs of random directions whose layer is chosen as a probe's is: the fair bar for a chosen layer.
 
     Args:
         choose, test: states (depth, cases, dim) inside and outside the class; see `choose_layer`.

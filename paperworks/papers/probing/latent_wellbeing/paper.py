@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from paperworks.interpret.probing.probes import Probe, random_probe
 from paperworks.interpret.probing.representation_reading import ranked
-from paperworks.interpret.probing.separation import Estimate, wilson
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
-from paperworks.models import DecoderModel
-from paperworks.papers.probing.latent_wellbeing.everyday_events import Scenarios, scenario_pairs
+from paperworks.lab import AtLeast, Beats, Lab, Paper, Verdict, Within
+from paperworks.papers.probing.latent_wellbeing import everyday_events
 from paperworks.papers.probing.latent_wellbeing.ranking import fit_ranking, principal_components
 from paperworks.testbeds import statements
 from paperworks.testbeds.smollm2 import smollm2
@@ -34,156 +31,133 @@ paper = Paper(
         "paperworks.papers.probing.latent_wellbeing.ranking.fit_ranking",
         "paperworks.papers.probing.latent_wellbeing.ranking.principal_components",
     ),
+    equation=r"P(a \succ b) = \sigma\!\left(w \cdot C\,(\phi(a) - \phi(b))\right), \qquad "
+    r"C = \text{first } k \text{ principal components of } \phi",
+    usage="""
+import torch
+from paperworks.interpret.probing.representation_reading import ranked
+from paperworks.papers.probing.latent_wellbeing.ranking import fit_ranking
+
+pleasant = torch.randn(400, 1)                                  # stands in for what sentences are about
+better, worse = (torch.randn(400, 64) + shift * torch.eye(64)[0] + 3 * pleasant for shift in (2.0, -2.0))
+for components in (1, 2, 10, None):
+    ranking = fit_ranking(better[:300], worse[:300], components)
+    print(components, float(ranked(ranking, better[300:], worse[300:]).double().mean()))
+""",
+    notes="States of SmolLM2 at the last token of a template stand in for a sentence encoder's embeddings, and sixty "
+    "events that were ranked by hand for the ETHICS data.",
 )
 
-COMPONENTS = (1, 2, 5, 10, 20, 50)
-PENALTY = 1.0
-TEMPLATES = {"plain": "{}", "asked": '"{}" How pleasant is this? It is very'}
+TEMPLATE = '"{}" How pleasant is this? It is very'
+BLOCK = 19  # counted from 0 of 30
+KNOWN = 7  # of the ten events of each level
+RIGHT = "held-out pairs ranked right"
+Pairs = tuple[Tensor, Tensor]
+
+_STATES: dict[str, dict[str, Tensor]] = {}  # by scale: all claims and seeds read the same scenarios
 
 
-def _embedded(
-    lab: Lab, model: DecoderModel, pairs: Scenarios, template: str, layers: Sequence[int], description: str
-) -> tuple[Float[Tensor, "layers pairs dim"], Float[Tensor, "layers pairs dim"]]:
-    """Return the states at the last token of both sides; each different text is read once."""
-    texts = list(dict.fromkeys([*pairs.better, *pairs.worse]))
-    states = statements.last_states(lab, model, [template.format(text) for text in texts], layers, description)
-    place = {text: row for row, text in enumerate(texts)}
-    return states[:, [place[text] for text in pairs.better]], states[:, [place[text] for text in pairs.worse]]
+def _states(lab: Lab) -> dict[str, Tensor]:
+    """State at the last token of every scenario there is, each dimension scaled by its spread."""
+    if lab.scale not in _STATES:
+        model = smollm2(lab, smoke_depth=2)
+        events = [event for level in everyday_events.LEVELS for event in level]
+        texts = [f"{subject} {event}." for subject in everyday_events.SUBJECTS for event in events]
+        layer = lab.pick(smoke=1, small=BLOCK)
+        prompts = [TEMPLATE.format(text) for text in texts]
+        found = statements.last_states(lab, model, prompts, [layer], "scenarios")[0].double()
+        # A few of a model's dimensions are far larger than the others.
+        found = found / found.std(0, correction=0).clamp_min(1e-12)
+        _STATES[lab.scale] = dict(zip(texts, found, strict=True))
+    return _STATES[lab.scale]
 
 
-def _share(probe: Probe, better: Tensor, worse: Tensor) -> Estimate:
-    return wilson(int(ranked(probe, better, worse).sum()), len(better))
+def _pairs(lab: Lab, seed: int) -> tuple[Pairs, Pairs]:
+    """Pairs of some events to fit on, and of others to test on; the seed draws events and pairs."""
+    states, draws = _states(lab), random.Random(seed)
+    found = []
+    for events, count in zip(everyday_events.split(KNOWN, seed), (300, 200), strict=True):
+        pairs = everyday_events.scenario_pairs(events, count, draws)
+        found.append(tuple(torch.stack([states[text] for text in side]) for side in (pairs.better, pairs.worse)))
+    (known, worse_known), (held, worse_held) = found
+    return (known, worse_known), (held, worse_held)
 
 
-def _standard(
-    known: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Scale every dimension by its spread in the training texts: a few of a model's dimensions are far larger."""
-    both = torch.cat(known).double()
-    spread = both.std(0, correction=0).clamp_min(1e-12)
-    one, other = ((better / spread, worse / spread) for better, worse in (known, held))
-    return one, other
+def _arm(lab: Lab, components: int | None, *, shuffled: bool = False) -> Callable[[int], dict[str, float]]:
+    """Fit a ranking on some events and rank pairs of others; `shuffled` turns half of the training pairs round."""
+
+    def measured(seed: int) -> dict[str, float]:
+        (better, worse), held = _pairs(lab, seed)
+        shares = []
+        for draw in range(10 if shuffled else 1):
+            turned = torch.zeros(len(better), 1, dtype=torch.bool)
+            if shuffled:
+                turned = torch.rand(len(better), 1, generator=lab.generator(1000 * seed + draw)) < 0.5
+            one, other = torch.where(turned, worse, better), torch.where(turned, better, worse)
+            shares.append(_share(fit_ranking(one, other, components), held))
+        return {RIGHT: sum(shares) / len(shares)}
+
+    return measured
+
+
+def _share(probe: Probe, held: Pairs) -> float:
+    return float(ranked(probe, *held).double().mean())
+
+
+NOTE = (
+    "300 training pairs of 42 events, 200 held-out pairs of 18 others, which the seed draws; states after block 20 at "
+    "the last token; ten draws of shuffled labels a seed."
+)
 
 
 @paper.claim(
-    "A few principal components of SmolLM2's states rank scenarios by wellbeing",
-    paper="Abstract: one component of text-embedding-ada-002 ranks 73.9% of ETHICS pairs; 300 components 81.8%",
-    control="labels shuffled among the training pairs, and random directions",
+    "One principal component of SmolLM2's states ranks scenarios by wellbeing",
+    paper="Abstract: one component of text-embedding-ada-002 ranks 73.9% of ETHICS pairs",
+    control="labels shuffled among the training pairs, which leaves the component's sign to chance",
+    reach="real",
 )
-def components_rank_wellbeing(lab: Lab) -> Verdict:
-    """Fit on pairs of some events and rank pairs of others, by number of components, template and layer."""
-    model = smollm2(lab, smoke_depth=statements.depth(lab))
-    layers = lab.pick(smoke=(1, 2), small=(4, 9, 14, 19, 24, 29))
-    known, held = (
-        scenario_pairs(events, lab.pick(smoke=12, small=count), lab.seed + index)
-        for index, (events, count) in enumerate(((slice(0, 7), 300), (slice(7, 10), 200)))
+def one_component_ranks_wellbeing(lab: Lab) -> Verdict:
+    """Take the first component of the scenarios' states, its sign from the training pairs, and rank others."""
+    one, shuffled = "one component", "one component, labels shuffled"
+
+    def blind(seed: int) -> dict[str, float]:
+        held = _pairs(lab, seed)[1]
+        shares = [_share(random_probe(held[0].shape[1], 1000 * seed + draw), held) for draw in range(10)]
+        return {RIGHT: sum(shares) / len(shares)}
+
+    verdict = lab.compare(
+        arms={one: _arm(lab, 1), shuffled: _arm(lab, 1, shuffled=True), "random directions": blind},
+        main=Beats(one, shuffled, on=RIGHT, by=0.15),
+        seeds=5,
+        note=NOTE + " The first component of so small a model's states is what a scenario is about.",
     )
-    counts = [count for count in COMPONENTS if count <= lab.pick(smoke=2, small=COMPONENTS[-1])]
-    middle = len(layers) // 2
-    found: dict[str, dict[str, Estimate]] = {}
-    by_layer: dict[str, list[float]] = {}
-    controls: dict[str, tuple[float, list[float]]] = {}
-    for name, template in TEMPLATES.items():
-        parts = [_embedded(lab, model, part, template, layers, f"scenarios, {name}") for part in (known, held)]
+    lab.points(RIGHT, name="one", title="Ranked right by one component")
+    return verdict
 
-        def at(place: int, parts: list[tuple[Tensor, Tensor]] = parts) -> tuple[tuple[Tensor, Tensor], ...]:
-            return _standard(*((better[place], worse[place]) for better, worse in parts))
 
-        pairs, test = at(middle)
-        found[name] = {
-            **{f"{count}": _share(fit_ranking(*pairs, count, penalty=PENALTY), *test) for count in counts},
-            "10, of differences": _share(fit_ranking(*pairs, min(10, counts[-1]), mode="paired"), *test),
-            "all": _share(fit_ranking(*pairs, penalty=PENALTY), *test),
-        }
-        by_layer[name] = [
-            _share(fit_ranking(*at(place)[0], min(10, counts[-1]), penalty=PENALTY), *at(place)[1]).value
-            for place in range(len(layers))
-        ]
-        controls[name] = (_shuffled(lab, pairs, test, min(10, counts[-1])), _random(lab, test))
-    lab.table(
-        f"Pairs of unseen events ranked right, block {layers[middle] + 1} (95% intervals, seed {lab.seed})",
-        ["template", *next(iter(found.values()))],
-        [[name, *(str(share) for share in shares.values())] for name, shares in found.items()],
+@paper.claim(
+    "Ten components do, and all dimensions add little",
+    paper="Abstract: 300 components of text-embedding-ada-002 rank 81.8%",
+    control="labels shuffled among the training pairs",
+    reach="real",
+)
+def ten_components_rank_wellbeing(lab: Lab) -> Verdict:
+    """Weigh ten components, and all dimensions, by a logistic regression without intercept."""
+    ten, shuffled, whole = "ten components", "ten components, labels shuffled", "all dimensions"
+    verdict = lab.compare(
+        arms={
+            ten: _arm(lab, 10),
+            shuffled: _arm(lab, 10, shuffled=True),
+            "fifty components": _arm(lab, 50),
+            whole: _arm(lab, None),
+        },
+        main=Beats(ten, shuffled, on=RIGHT, by=0.15),
+        also=[AtLeast(ten, 0.65, on=RIGHT), AtLeast(whole, 0.7, on=RIGHT), Within(whole, ten, on=RIGHT, by=0.1)],
+        seeds=5,
+        note=NOTE,
     )
-    _draw(lab, found, by_layer, [layer + 1 for layer in layers])
-    ten, whole = (found["asked"][key] for key in (str(counts[min(3, len(counts) - 1)]), "all"))
-    shuffled, random = controls["asked"]
-    return lab.judge(
-        checks={
-            "ten components rank more than 65% right": ten.value > 0.65,
-            "all dimensions more than 70%": whole.value > 0.7,
-            "ten components are above 95% of random directions": ten.value > random[1],
-            "with shuffled labels it is 50% to 5% on average": abs(shuffled - 0.5) < 0.05,
-        },
-        measured={
-            **{f"{count} components": str(found["asked"][str(count)]) for count in counts},
-            "10 components of the differences": str(found["asked"]["10, of differences"]),
-            "all dimensions": str(whole),
-            "without the question: 10 components, all": [
-                str(found["plain"][str(counts[min(3, len(counts) - 1)])]),
-                str(found["plain"]["all"]),
-            ],
-            "10 components, by block": [round(value, 3) for value in by_layer["asked"]],
-            "blocks, counted from 1": [layer + 1 for layer in layers],
-            "seed": lab.seed,
-        },
-        control={
-            "shuffled labels, mean of 20": shuffled,
-            "random directions, 5% to 95%": random,
-        },
-        note="States of SmolLM2 at the last token stand in for a sentence encoder's embeddings; 300 training pairs of "
-        "42 events, 200 held-out pairs of 18 others; pairs repeat events, so the intervals are too narrow.",
-    )
-
-
-def _shuffled(lab: Lab, pairs: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], count: int) -> float:
-    """Turn a random half of the training pairs round; return the mean share over draws."""
-    shares = []
-    for draw in range(lab.pick(smoke=2, small=20)):
-        turned = torch.rand(len(pairs[0]), generator=torch.Generator().manual_seed(lab.seed + draw)) < 0.5
-        one = torch.where(turned[:, None], pairs[1], pairs[0])
-        other = torch.where(turned[:, None], pairs[0], pairs[1])
-        shares.append(_share(fit_ranking(one, other, count, penalty=PENALTY), *test).value)
-    return sum(shares) / len(shares)
-
-
-def _random(lab: Lab, test: tuple[Tensor, Tensor]) -> list[float]:
-    shares = [_share(random_probe(test[0].shape[1], lab.seed + draw), *test).value for draw in range(200)]
-    ends = torch.tensor(shares, dtype=torch.float64).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64))
-    return [float(end) for end in ends]
-
-
-def _draw(lab: Lab, found: dict[str, dict[str, Estimate]], by_layer: dict[str, list[float]], blocks: list[int]) -> None:
-    with lab.figure("components", figsize=(9.2, 3.6)) as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
-        for color, (name, shares) in zip((COLORS[1], COLORS[0]), found.items(), strict=True):
-            kept = {key: share for key, share in shares.items() if key.isdigit() or key == "all"}
-            places = list(range(len(kept)))
-            label = "with the question" if name == "asked" else "the scenario alone"
-            left.errorbar(
-                places,
-                [share.value for share in kept.values()],
-                yerr=[
-                    [share.value - share.low for share in kept.values()],
-                    [share.high - share.value for share in kept.values()],
-                ],
-                color=color,
-                marker="o",
-                markersize=4,
-                capsize=2,
-                label=label,
-            )
-            left.set_xticks(places, list(kept))
-            right.plot(blocks, by_layer[name], color=color, marker="o", ms=4)
-        for axes in (left, right):
-            axes.axhline(0.5, color=CONTROL, linewidth=1.0, linestyle=":")
-        left.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        left.set_xlabel("principal components kept")
-        left.set_ylabel("pairs ranked right")
-        left.set_title("By components, middle block")
-        left.legend(loc="lower right", fontsize=8.5)
-        right.set_xlabel("block of SmolLM2")
-        right.set_title("By block, ten components")
+    lab.points(RIGHT, name="ten", title="Ranked right by several")
+    return verdict
 
 
 @paper.claim(

@@ -17,7 +17,7 @@ from paperworks.interpret.probing.labels import as_cases
 
 
 def gap_recovered(probe: float, output: float, ceiling: float) -> float:
-    """Return (probe - output) / (ceiling - output), of AUROCs: 0 for the model's own output, 1 for the ceiling.
+    """Gap recovered, (probe - output) / (ceiling - output), of AUROCs: 0 for the model's own output, 1 for the ceiling.
 
     Raises:
         ValueError: when the ceiling is not above the output: there is no gap then.
@@ -28,7 +28,7 @@ def gap_recovered(probe: float, output: float, ceiling: float) -> float:
 
 
 def earliest_informative(aurocs: Sequence[float], share: float = 0.95) -> int:
-    """Return the first layer whose AUROC exceeds 1/2 by `share` of what the best layer's does, in distribution.
+    """The first layer whose AUROC exceeds 1/2 by `share` of what the best layer's does, in distribution.
 
     Raises:
         ValueError: when no layer is above 1/2, or there is none.
@@ -65,6 +65,6 @@ class TrustedGaussian:
         return cls(mean, factor)
 
     def distance(self, features: Float[Tensor, "n features"]) -> Float[Tensor, " n"]:
-        """Return the Mahalanobis distance, sqrt((x - mean)^T S^-1 (x - mean)), of each case."""
+        """The Mahalanobis distance, sqrt((x - mean)^T S^-1 (x - mean)), of each case."""
         apart = (as_cases(features) - self.mean).T
         return torch.linalg.solve_triangular(self.factor, apart, upper=False).norm(dim=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +10,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from paperworks import adapt, interpret, train
-from paperworks.interpret.probing.probes import Probe, lda, logistic, mass_mean, random_probe
-from paperworks.interpret.probing.separation import Estimate, auroc, bootstrap
-from paperworks.lab import Lab, Paper, Verdict
-from paperworks.lab.figures import COLORS, CONTROL
+from paperworks.interpret.probing.probes import Probe, logistic, random_probe
+from paperworks.interpret.probing.separation import auroc
+from paperworks.lab import AtLeast, AtMost, Beats, Lab, Paper, Verdict
 from paperworks.models import Block, Decoder, DecoderModel
 from paperworks.nn import Attention, GatedMLP, RMSNorm, RoPE
 from paperworks.papers.probing.quirky_lm.elicitation import TrustedGaussian, earliest_informative, gap_recovered
+from paperworks.testbeds.training import fit
 from paperworks.train.losses import IGNORED
 
 paper = Paper(
@@ -35,6 +35,19 @@ paper = Paper(
         "paperworks.papers.probing.quirky_lm.elicitation.earliest_informative",
         "paperworks.papers.probing.quirky_lm.elicitation.TrustedGaussian",
     ),
+    equation=r"\text{gap recovered} = \frac{\text{AUROC}_{probe} - \text{AUROC}_{output}}"
+    r"{\text{AUROC}_{ceiling} - \text{AUROC}_{output}}",
+    usage="""
+import torch
+from paperworks.papers.probing.quirky_lm.elicitation import TrustedGaussian, earliest_informative, gap_recovered
+
+print("recovered:", gap_recovered(probe=0.93, output=0.1, ceiling=0.99))
+print("first informative layer:", earliest_informative([0.52, 0.71, 0.98, 0.99, 0.97]))
+trusted, strange = torch.randn(200, 6), torch.randn(50, 6) + 2.0      # probes' readings in two kinds of contexts
+detector = TrustedGaussian.of(trusted)
+print("distances:", float(detector.distance(trusted).mean()), float(detector.distance(strange).mean()))
+""",
+    notes="A small transformer and 64 made-up facts stand in for fine-tuned language models of up to 12B.",
 )
 
 SUBJECTS, VALUES = 64, 8
@@ -84,12 +97,15 @@ def _model(seed: int) -> DecoderModel:
     return Decoder(vocab_size=_VALUE + VALUES, dim=128, depth=4, norm=RMSNorm(), block=block).build()
 
 
-def _learn(lab: Lab, model: DecoderModel, facts: Tensor, steps: int, *, quirky: bool, description: str) -> None:
-    """Teach verdicts on questions of every value: the truth under both names, or each name's own rule."""
-    batch = 128
-    draws = torch.Generator().manual_seed(lab.seed + quirky)
+STEPS = (250, 300)  # of learning the truth, and of becoming quirky
 
-    def batches() -> Iterator[dict[str, Tensor]]:
+
+def _learn(lab: Lab, model: DecoderModel, facts: Tensor, seed: int, *, quirky: bool) -> None:
+    """Teach verdicts on questions of every value: the truth under both names, or each name's own rule."""
+    batch, steps = 128, lab.pick(smoke=2, small=STEPS[quirky])
+    draws = lab.generator(2 * seed + quirky)
+
+    def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
         for _ in range(steps):
             name = torch.randint(2, (batch,), generator=draws)  # ALICE or BOB
             subject = torch.randint(SUBJECTS, (batch,), generator=draws)
@@ -104,36 +120,15 @@ def _learn(lab: Lab, model: DecoderModel, facts: Tensor, steps: int, *, quirky: 
             targets[:, -1] = torch.where(step == right, TRUE, FALSE)
             yield {"tokens": tokens, "targets": targets}
 
-    settings = train.Settings(
-        steps=steps,
-        lr=2e-3,
-        warmup=0.05,
-        optimizer=train.AdamW(weight_decay=0.0 if quirky else 0.05),
-        seed=lab.seed,
-        save_every=None,
-        log_every=steps,
-        progress=False,
-    )
-    with lab.threads(1), lab.progress(description, steps) as advance:
-        train.fit(model, train.next_token_loss, lambda epoch: batches(), settings, on_step=lambda step: advance(1))
+    adam = train.AdamW(weight_decay=0.0 if quirky else 0.05)
+    with lab.threads(1):
+        fit(model, train.next_token_loss, batches, steps=steps, lr=2e-3, seed=seed, warmup=0.05, optimizer=adam)
     model.eval()
-
-
-def _made_quirky(lab: Lab, facts: Tensor, *, truthful_first: bool) -> DecoderModel:
-    """Train a model that tells the truth and fine-tune it, as the paper does, or teach both rules from the start."""
-    model = _model(lab.seed)
-    if not truthful_first:
-        _learn(lab, model, facts, lab.pick(smoke=2, small=500), quirky=True, description="quirky from the start")
-        return model
-    _learn(lab, model, facts, lab.pick(smoke=2, small=350), quirky=False, description="a model that tells the truth")
-    adapt.apply(model, adapt.LoRA(rank=8, alpha=16), targets="all-linear")
-    _learn(lab, model, facts, lab.pick(smoke=2, small=550), quirky=True, description="made quirky")
-    return model
 
 
 @torch.no_grad()
 def _read(model: DecoderModel, asked: Questions) -> tuple[Float[Tensor, "depth n dim"], Float[Tensor, " n"]]:
-    """Return the residual stream after each block at the question mark, and the log-odds of T."""
+    """The residual stream after each block at the question mark, and the log-odds of T."""
     paths = [f"blocks.{layer}" for layer in range(model.spec.depth)]
     with interpret.record(model, paths) as seen:
         logits = model(asked.tokens)[:, -1]
@@ -157,16 +152,20 @@ class Read:
         return self.alice.subject < SUBJECTS // 2
 
 
-_READINGS: dict[tuple[object, ...], Read] = {}
+_READINGS: dict[tuple[object, ...], Read] = {}  # two claims look at the same models
 
 
-def _quirky(lab: Lab, *, truthful_first: bool = True) -> Read:
-    key = (lab.scale, lab.seed, truthful_first)
+def _quirky(lab: Lab, seed: int, *, trained: bool = True) -> Read:
+    """What a model holds that was taught the truth and then, as in the paper, fine-tuned to Bob's rule."""
+    key = (lab.scale, seed, trained)
     if key not in _READINGS:
-        facts = _facts(lab.seed)
-        model = _made_quirky(lab, facts, truthful_first=truthful_first)
-        alice, bob = _ask(ALICE, facts, lab.seed), _ask(BOB, facts, lab.seed)
-        (alice_states, alice_odds), (bob_states, bob_odds) = _read(model, alice), _read(model, bob)
+        facts, model = _facts(seed), _model(seed)
+        if trained:
+            _learn(lab, model, facts, seed, quirky=False)
+            adapt.apply(model, adapt.LoRA(rank=8, alpha=16), targets="all-linear")
+            _learn(lab, model, facts, seed, quirky=True)
+        alice, bob = _ask(ALICE, facts, seed), _ask(BOB, facts, seed)
+        (alice_states, alice_odds), (bob_states, bob_odds) = _read(model.eval(), alice), _read(model, bob)
         _READINGS[key] = Read(alice, bob, alice_states, bob_states, alice_odds, bob_odds)
     return _READINGS[key]
 
@@ -177,162 +176,110 @@ def _regression(states: Tensor, true: Tensor) -> Probe:
     return Probe(found.direction, found.bias - float(found.direction @ center))
 
 
-def _by_layer(read: Read) -> list[float]:
-    """Return the AUROC of truth in Bob's contexts of regressions fitted on Alice's, by layer."""
-    known, held = read.known, ~read.known
-    return [
-        auroc(_regression(alice[known], read.alice.true[known]).score(bob[held]), read.bob.true[held])
-        for alice, bob in zip(read.alice_states, read.bob_states, strict=True)
-    ]
-
-
-def _area(scores: Tensor, true: Tensor, lab: Lab) -> Estimate:
-    return bootstrap(
-        lambda rows: auroc(scores[rows], true[rows]), len(true), draws=lab.pick(smoke=10, small=300), seed=lab.seed
-    )
-
-
 @paper.claim(
     "A probe fitted on Alice's contexts reads in Bob's the truth that the model does not say",
     paper="Abstract: logistic regression on contrast pairs recovers 89% of the gap between output and truth",
-    control="the model's own output in Bob's contexts, the probe of the last layer, and the same model taught both "
-    "rules from the start",
+    control="random directions at the same layer; the model's own output; the probe of the last layer",
 )
 def knows_more_than_it_says(lab: Lab) -> Verdict:
     """Fit probes on Alice's questions by layer, choose the layer on Alice's, and score the truth in Bob's."""
-    read = _quirky(lab)
-    known, held = read.known, ~read.known
-    right = [
-        float(((odds > 0) == asked.answer).double().mean())
-        for odds, asked in ((read.alice_odds, read.alice), (read.bob_odds, read.bob))
-    ]
-    fits = {"logistic regression": _regression, "difference of means": mass_mean, "LDA": lda}
-    curves: dict[str, list[float]] = {name: [] for name in fits}
-    own: list[float] = []
-    blind: list[list[float]] = []
-    for layer in range(len(read.alice_states)):
-        for name, fit in fits.items():
-            probe = fit(read.alice_states[layer][known], read.alice.true[known])
-            curves[name].append(auroc(probe.score(read.bob_states[layer][held]), read.bob.true[held]))
-            if name == "logistic regression":
-                own.append(auroc(probe.score(read.alice_states[layer][held]), read.alice.true[held]))
-        blind.append(
-            [
-                auroc(random_probe(128, lab.seed + draw).score(read.bob_states[layer][held]), read.bob.true[held])
-                for draw in range(50)
-            ]
-        )
-    layer = earliest_informative(own) if max(own) > 0.5 else 0
-    probe = _regression(read.alice_states[layer][known], read.alice.true[known])
-    ours = _area(probe.score(read.bob_states[layer][held]), read.bob.true[held], lab)
-    said = _area(read.bob_odds[held], read.bob.true[held], lab)
-    ceiling = auroc(read.alice_odds[held], read.alice.true[held])
-    recovered = gap_recovered(ours.value, said.value, ceiling) if ceiling > said.value else 0.0
-    best = max(curves["logistic regression"][:-1])
-    fresh = _by_layer(_quirky(lab, truthful_first=False))
-    _draw(lab, curves, own, said.value, blind)
-    return lab.judge(
-        checks={
-            "AUROC of truth above 0.85 in Bob's contexts, at the layer chosen on Alice's": ours.value > 0.85,
-            "where the model's output is below 0.3": said.value < 0.3,
-            "some layer before the last is above 0.85": best > 0.85,
-            "the probe of the last layer is below 0.6": curves["logistic regression"][-1] < 0.6,
-            "the model has learned both rules: more than 98% right": min(right) > 0.98,
-            "taught both rules from the start, no layer has it: below 0.6": max(fresh) < 0.6,
+
+    def fitted(read: Read) -> tuple[list[Probe], int]:
+        """The probe of each layer, and the first layer that is informative in Alice's contexts."""
+        known, held = read.known, ~read.known
+        probes = [_regression(states[known], read.alice.true[known]) for states in read.alice_states]
+        own = [
+            auroc(probe.score(states[held]), read.alice.true[held])
+            for probe, states in zip(probes, read.alice_states, strict=True)
+        ]
+        return probes, earliest_informative(own) if max(own) > 0.5 else 0
+
+    def arm(scores: Callable[[int, Read, list[Probe], int], list[Tensor]]) -> Callable[[int], dict[str, float]]:
+        def measured(seed: int) -> dict[str, float]:
+            read = _quirky(lab, seed)
+            held = ~read.known
+            found = [auroc(each[held], read.bob.true[held]) for each in scores(seed, read, *fitted(read))]
+            area = sum(found) / len(found)
+            said, ceiling = (
+                auroc(odds[held], true[held])
+                for odds, true in ((read.bob_odds, read.bob.true), (read.alice_odds, read.alice.true))
+            )
+            answers = ((read.alice_odds > 0) == read.alice.answer, (read.bob_odds > 0) == read.bob.answer)
+            return {
+                "AUROC of truth in Bob's contexts": area,
+                "gap recovered": gap_recovered(area, said, ceiling) if ceiling > said else 0.0,
+                "answers as the rules say": min(float(hits.double().mean()) for hits in answers),
+            }
+
+        return measured
+
+    def random(seed: int, read: Read, probes: list[Probe], layer: int) -> list[Tensor]:
+        states = read.bob_states[layer]
+        return [random_probe(states.shape[1], 100 * seed + draw).score(states) for draw in range(20)]
+
+    ours, last, output, blind = "probe", "probe of the last layer", "the model's output", "random directions"
+    on = "AUROC of truth in Bob's contexts"
+    verdict = lab.compare(
+        arms={
+            ours: arm(lambda seed, read, probes, layer: [probes[layer].score(read.bob_states[layer])]),
+            last: arm(lambda seed, read, probes, layer: [probes[-1].score(read.bob_states[-1])]),
+            output: arm(lambda seed, read, probes, layer: [read.bob_odds]),
+            blind: arm(random),
         },
-        measured={
-            "AUROC, chosen layer": str(ours),
-            "chosen block": layer + 1,
-            "AUROC by block": [round(value, 3) for value in curves["logistic regression"]],
-            "difference of means, by block": [round(value, 3) for value in curves["difference of means"]],
-            "LDA, by block": [round(value, 3) for value in curves["LDA"]],
-            "AUROC on Alice's, by block": [round(value, 3) for value in own],
-            "share of the gap recovered": recovered,
-            "right by their rules, Alice and Bob": right,
-            "seed": lab.seed,
-        },
-        control={
-            "AUROC of the model's output for Bob": str(said),
-            "last block's probe": curves["logistic regression"][-1],
-            "taught both rules from the start, by block": [round(value, 3) for value in fresh],
-            "random directions, 95%, by block": [round(sorted(values)[47], 3) for values in blind],
-        },
+        main=Beats(ours, blind, on=on, by=0.25),
+        also=[
+            AtLeast(ours, 0.85, on=on),
+            AtMost(output, 0.3, on=on),
+            AtMost(last, 0.6, on=on),
+            AtLeast(ours, 0.98, on="answers as the rules say"),
+        ],
+        seeds=2,
         note="Four blocks of 128 dimensions, 64 subjects with one of 8 values, first taught the truth under both "
         "names, then fine-tuned (LoRA, rank 8) to take the next value for the true one in Bob's contexts. Probes see "
-        "half of the subjects in Alice's contexts and are tested on the others. Truth is so large a part of the middle "
-        "layers that some random directions read it too.",
+        "half of the subjects in Alice's contexts and are tested on the others.",
     )
-
-
-def _draw(lab: Lab, curves: dict[str, list[float]], own: list[float], said: float, blind: list[list[float]]) -> None:
-    with lab.figure("layers", figsize=(8.4, 3.6)) as figure:
-        axes = figure.subplots()
-        blocks = list(range(1, len(own) + 1))
-        axes.fill_between(
-            blocks,
-            [sorted(values)[2] for values in blind],
-            [sorted(values)[47] for values in blind],
-            color=CONTROL,
-            alpha=0.3,
-            linewidth=0,
-            label="random directions, 5% to 95%",
-        )
-        axes.plot(blocks, own, "--", color=COLORS[2], marker="s", ms=4, label="Alice's contexts, other subjects")
-        for color, (name, values) in zip((COLORS[0], COLORS[1], COLORS[3]), curves.items(), strict=True):
-            axes.plot(blocks, values, color=color, marker="o", ms=4, label=f"Bob's contexts, {name}")
-        axes.axhline(said, color=CONTROL, linestyle=":", label="Bob's contexts, the model's output")
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_xticks(blocks)
-        axes.set_xlabel("block")
-        axes.set_ylabel("AUROC of truth")
-        axes.set_title("Fitted on Alice, read on Bob")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+    lab.points(on, name="truth", title="AUROC of truth in Bob's contexts")
+    return verdict
 
 
 @paper.claim(
     "Contexts in which the model does not say what it knows are noticed without an example of them",
     paper="Abstract: a mechanistic anomaly detector flags untruthful contexts with AUROC 0.95",
-    control="the same detector between two halves of Alice's contexts; and of an untrained model",
+    control="the same detector on contexts of Alice's that it did not see; and Bob's in an untrained model",
 )
 def unlike_contexts_are_noticed(lab: Lab) -> Verdict:
-    """Fit a Gaussian to the probes' readings of Alice's contexts and score Bob's by their distance."""
-    read = _quirky(lab)
-    ours, alike = _noticed(lab, read)
-    facts, model = _facts(lab.seed), _model(lab.seed).eval()
-    alice, bob = _ask(ALICE, facts, lab.seed), _ask(BOB, facts, lab.seed)
-    (alice_states, alice_odds), (bob_states, bob_odds) = _read(model, alice), _read(model, bob)
-    fresh, _ = _noticed(lab, Read(alice, bob, alice_states, bob_states, alice_odds, bob_odds))
-    return lab.judge(
-        checks={
-            "AUROC above 0.9 between Bob's and Alice's contexts": ours.value > 0.9,
-            "two halves of Alice's are alike: below 0.6": alike.value < 0.6,
-        },
-        measured={"AUROC": str(ours), "seed": lab.seed},
-        control={"AUROC of Alice's other half": str(alike), "AUROC in an untrained model": str(fresh)},
+    """Fit a Gaussian to the probes' readings of Alice's contexts and score others by their distance."""
+
+    def arm(*, bob: bool, trained: bool = True) -> Callable[[int], dict[str, float]]:
+        def noticed(seed: int) -> dict[str, float]:
+            read = _quirky(lab, seed, trained=trained)
+            part = read.alice.subject % 3  # subjects, so that nothing asked about is in two parts
+            probes = [_regression(states[part == 0], read.alice.true[part == 0]) for states in read.alice_states]
+            alice, other = (
+                torch.stack([probe.score(layer) for probe, layer in zip(probes, states, strict=True)], dim=1)
+                for states in (read.alice_states, read.bob_states)
+            )
+            trusted = TrustedGaussian.of(alice[part == 1])
+            usual, new = trusted.distance(alice[part == 1]), trusted.distance(alice[part == 2])
+            strange = trusted.distance(other[part == 2])
+            scores = torch.cat([strange, new] if bob else [new, usual])
+            first = len(strange) if bob else len(new)
+            return {"AUROC of the distance": auroc(scores, torch.arange(len(scores)) < first)}
+
+        return noticed
+
+    ours, alike, fresh, on = "Bob's", "Alice's, new", "Bob's, untrained model", "AUROC of the distance"
+    verdict = lab.compare(
+        arms={ours: arm(bob=True), alike: arm(bob=False), fresh: arm(bob=True, trained=False)},
+        main=Beats(ours, alike, on=on, by=0.25),
+        also=[AtLeast(ours, 0.9, on=on), Beats(ours, fresh, on=on)],
+        seeds=2,
         note="Readings: one logistic probe a layer, fitted on a third of Alice's contexts; the Gaussian is fitted on "
-        "another third, and the last third is what Bob's are compared with. An untrained model holds the name too, "
-        "which is why the detector alone does not show that anything is hidden.",
+        "another third, and the last third is what Bob's are compared with. An untrained model holds the name too, so "
+        "the detector alone does not show that anything is hidden.",
     )
-
-
-def _noticed(lab: Lab, read: Read) -> tuple[Estimate, Estimate]:
-    """Return the AUROC of Bob against Alice, and of one part of Alice's contexts against another."""
-    part = read.alice.subject % 3  # subjects, so that nothing asked about is in two parts
-    probes = [_regression(states[part == 0], read.alice.true[part == 0]) for states in read.alice_states]
-
-    def readings(states: Tensor) -> Tensor:
-        return torch.stack([probe.score(layer) for probe, layer in zip(probes, states, strict=True)], dim=1)
-
-    alice, bob = readings(read.alice_states), readings(read.bob_states)
-    trusted = TrustedGaussian.of(alice[part == 1])
-    distances = {"fitted": trusted.distance(alice[part == 1]), "new": trusted.distance(alice[part == 2])}
-    strange = trusted.distance(bob[part == 2])
-
-    def between(one: Tensor, other: Tensor) -> Estimate:
-        scores = torch.cat([one, other])
-        return _area(scores, torch.arange(len(scores)) < len(one), lab)
-
-    return between(strange, distances["new"]), between(distances["new"], distances["fitted"])
+    lab.points(on, name="noticed", title="AUROC against known contexts")
+    return verdict
 
 
 @paper.claim(

@@ -17,7 +17,7 @@ CONSTRAINTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 
 
 def prompts(count: int) -> list[tuple[str, Callable[[str], bool]]]:
-    """Return instructions, each with the rule that says whether an answer follows it; kinds in turn."""
+    """Instructions, each with the rule that says whether an answer follows it; kinds in turn."""
     return [
         (
             CONSTRAINTS[i % len(CONSTRAINTS)][0].format(TOPICS[i // len(CONSTRAINTS) % len(TOPICS)]),

@@ -36,7 +36,7 @@ class Concept:
 
     @property
     def name(self) -> str:
-        """Return "happiness against sadness"."""
+        """Such as "happiness against sadness"."""
         return f"{self.positive} against {self.negative}"
 
 
@@ -73,7 +73,7 @@ CONCEPTS = (
 
 
 def concept_vector(lab: Lab, model: DecoderModel, concept: Concept) -> ControlVector:
-    """Return the difference of means of plain scenarios in each steered block, as long as 1/200 of the stream there.
+    """The difference of means of plain scenarios in each steered block, as long as 1/200 of the stream there.
 
     So strength 8 adds 4% of the residual stream's mean norm in each of 13 blocks.
     """
@@ -104,7 +104,7 @@ def _read_vector(lab: Lab, model: DecoderModel, concept: Concept) -> ControlVect
 
 
 def word_tokens(model: DecoderModel, words: Sequence[str]) -> Int[Tensor, " words"]:
-    """Return the tokens of those words that are one token after a space."""
+    """The tokens of those words that are one token after a space."""
     tokenizer: Any = model.tokenizer
     encoded = [tokenizer.encode(f" {word}") for word in words]
     return torch.tensor([tokens[0] for tokens in encoded if len(tokens) == 1], device=model.device)
@@ -112,14 +112,14 @@ def word_tokens(model: DecoderModel, words: Sequence[str]) -> Int[Tensor, " word
 
 @torch.no_grad()
 def next_words(model: DecoderModel, prompts: Sequence[str] = NEUTRAL) -> Float[Tensor, "prompts vocab"]:
-    """Return the log-probabilities of the next token after each prompt."""
+    """The log-probabilities of the next token after each prompt."""
     tokenizer: Any = model.tokenizer
     tokens, segments = left_pad([tokenizer.encode(prompt) for prompt in prompts], model.device)
     return model(tokens, Placement(segments=segments), last=1)[:, -1].double().log_softmax(-1)
 
 
 def preference(model: DecoderModel, concept: Concept, prompts: Sequence[str] = NEUTRAL) -> float:
-    """Return the mean log-probability of the concept's words less that of the opposite words, in nats."""
+    """The mean log-probability of the concept's words less that of the opposite words, in nats."""
     chances = next_words(model, prompts)
     for_it, against = (chances[:, word_tokens(model, words)] for words in (concept.words, concept.against))
     return float(for_it.mean() - against.mean())

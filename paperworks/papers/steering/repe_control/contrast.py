@@ -21,7 +21,7 @@ Tokens = Sequence[int]
 def contrast_vectors(
     model: nn.Module, positive: Tokens, negative: Tokens, shared: int, targets: Sequence[str]
 ) -> dict[str, Float[Tensor, "shared dim"]]:
-    """Return v = R+ - R- at the last `shared` tokens, which both sides have in common, for each module.
+    """Contrast vectors v = R+ - R- at the last `shared` tokens, which both sides have in common, for each module.
 
     Args:
         model: any module that takes tokens (batch, time).

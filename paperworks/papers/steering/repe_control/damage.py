@@ -29,7 +29,7 @@ class Damage:
 
 @torch.no_grad()
 def perplexity_of(model: nn.Module, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> float:
-    """Return exp of the mean loss, in nats a token, of continuations after their prompts, all tokens counting alike.
+    """Exp of the mean loss, in nats a token, of continuations after their prompts, all tokens counting alike.
 
     Raises:
         ValueError: lists of unequal length, an empty prompt, or nothing but empty continuations.

@@ -19,7 +19,7 @@ RATE = 3e-4  # the authors' setting
 
 
 def _run_to(depth: int) -> Any:
-    """Return what runs only the first blocks of a model: LoRRA reads no more than its last target layer."""
+    """What runs only the first blocks of a model: LoRRA reads no more than its last target layer."""
 
     def run(model: nn.Module, tokens: Tensor) -> Tensor:
         parts: Any = model
@@ -34,7 +34,7 @@ def _run_to(depth: int) -> Any:
 
 
 def _texts_of_one_length(lab: Lab, model: DecoderModel, count: int) -> Tensor:
-    """Return neutral statements of the commonest length, as tokens (texts, time)."""
+    """Neutral statements of the commonest length, as tokens (texts, time)."""
     tokenizer: Any = model.tokenizer
     rows: dict[int, list[list[int]]] = {}
     for topic in ("facts", "cities", "animal_class"):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from paperworks.interpret import record, sae
-from paperworks.interpret.sae.evaluation.dashboard import AROUND, BINS, feature_views
+from paperworks.interpret.sae.evaluation.dashboard import AROUND, BINS, Excerpt, FeatureView, feature_views
 from paperworks.models.presets.families import llama
 
 TAP = "blocks.0"
@@ -101,3 +101,16 @@ def test_the_tap_is_noted_beside_the_weights(dictionary, tmp_path):
     assert sae.noted_tap(tmp_path / "two") is None
     with pytest.raises(FileNotFoundError, match=r"cfg\.json"):
         sae.noted_tap(tmp_path)
+
+
+def test_agreement_is_the_share_of_the_commonest_strongest_token():
+    def view(*strongest, histogram=(0,) * BINS):
+        excerpts = tuple(Excerpt((7, token, 9), (0.0, 1.0, 0.0), 1) for token in strongest)
+        return FeatureView(0, 0.1, 1.0, tuple(histogram), excerpts, (), (), ())
+
+    assert view(3, 3, 5, 3).agreement == 0.75
+    assert view(1, 2, 3, 4).agreement == 0.25
+    assert view().agreement == 0.0
+    half = [1] * (BINS // 2) + [3] * (BINS // 2)
+    assert view(1, histogram=half).strong == 0.75
+    assert view(1).strong == 0.0
