@@ -57,6 +57,8 @@ print("latents on:", quality.l0, "unexplained:", quality.fvu)
         "activations of SmolLM2 need them. On planted data, where the number of directions on hardly varies, TopK is "
         "better still."
     ),
+    budget_exception="On SmolLM2 half of the time goes into its activations, and a kind needs two strengths to be read "
+    "at an L0 of 24.",
 )
 
 
