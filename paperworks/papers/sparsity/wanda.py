@@ -51,7 +51,7 @@ for format in (compress.Magnitude(pattern="2:4"), compress.Wanda(pattern="2:4"))
 )
 def two_of_four_can_go(lab: Lab) -> Verdict:
     """Prune the linear layers of SmolLM2's blocks to 2:4, block after block, and score the model on text."""
-    bed = bench(lab)
+    bed = bench(lab, calibrated=4)
     verdict = lab.compare(
         arms={"Wanda": bed.arm(Wanda(pattern="2:4")), "magnitude": bed.arm(Magnitude(pattern="2:4"))},
         # The paper's distance is ln(42.13 / 11.53) = 1.3 nats.

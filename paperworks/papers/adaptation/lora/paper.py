@@ -58,7 +58,7 @@ print("merging changes at most", (adapt.merge(model)(x) - adapted).abs().max().i
 
 QUERY_VALUE = "blocks.*.mixer.{query,value}"
 LOSS = "held-out loss"
-# Best on seed 100 of three rates each.
+# Best on seed 100 of three rates and more, in six steps.
 LORA_RATE, FULL_RATE, NORM_RATE = 3e-3, 3e-4, 3e-3
 
 
@@ -168,7 +168,7 @@ def as_good_as_all_weights(lab: Lab) -> Verdict:
         also=[Within(ours, full, on=LOSS, by=0.1, lower=True)],
         seeds=2,
         measured={"held-out loss as loaded, seed 0": play.loss(play.model, lab.seed)},
-        note=f"Rank 8 on query and value of all 30 layers; {play.words}. Each method has the best of three rates.",
+        note=f"Rank 8 on query and value of all 30 layers; {play.words}. Each method has its best rate.",
     )
     lab.points(LOSS, name="methods", title="Loss on an unseen part of the play, nats a token")
     return verdict
