@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from itertools import cycle
 from statistics import fmean
@@ -15,6 +16,7 @@ from paperworks.lab.values import shown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+TITLE_WIDTH = 52  # characters that fit beside the longest names of arms
 LINES = ("-", "--", ":")  # of the first, second and third curve of an arm
 
 
@@ -59,7 +61,7 @@ def draw_curves(
     axes.set_xlabel(x or "")
     seeds = len(comparison.seeds)
     words = title or " and ".join(on)
-    axes.set_title(f"{words}, mean and range of {seeds} seeds" if seeds > 1 else words)
+    _set_title(axes, f"{words}, mean and range of {seeds} seeds" if seeds > 1 else words)
     axes.legend()
 
 
@@ -94,4 +96,9 @@ def draw_points(axes: Axes, comparison: Comparison, on: str, *, title: str = "",
     axes.margins(x=0.1)
     axes.set_xlabel(on)
     seeds = len(comparison.seeds)
-    axes.set_title(f"{title or on}, one dot a seed" if seeds > 1 else title or on)
+    _set_title(axes, f"{title or on}, one dot a seed" if seeds > 1 else title or on)
+
+
+def _set_title(axes: Axes, title: str) -> None:
+    """Set a title in as many lines as it needs beside the labels of the arms."""
+    axes.set_title(textwrap.fill(title, TITLE_WIDTH))
