@@ -90,7 +90,7 @@ def an_exponent_bears_loud_channels(lab: Lab) -> Verdict:
 )
 def smollm2_computes_in_fp8(lab: Lab) -> Verdict:
     """Score SmolLM2 with FP8 and int8 products in all linear layers of its blocks."""
-    bed = bench(lab)
+    bed = bench(lab, scored=2, length=256)
     verdict = lab.compare(
         arms={"FP8": bed.arm(FLOATING, decoded=False), "int8": bed.arm(INTEGER, decoded=False)},
         main=Beats("FP8", "int8", on="nats lost", by_ratio=0.8, lower=True),

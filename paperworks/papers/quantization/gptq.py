@@ -61,7 +61,7 @@ CORRECTED = GPTQ(bits=4, group=None, act_order=True)  # a grid a row is static: 
 )
 def keeps_perplexity_at_four_bits(lab: Lab) -> Verdict:
     """Round the linear layers of SmolLM2's blocks to nearest, and by GPTQ block after block, large inputs first."""
-    bed = bench(lab, calibrated=6)
+    bed = bench(lab, calibrated=5)
     verdict = lab.compare(
         arms={"GPTQ": bed.arm(CORRECTED), "round to nearest": bed.arm(ROUNDED)},
         main=Beats("GPTQ", "round to nearest", on="nats lost", by_ratio=0.3, lower=True),

@@ -102,7 +102,7 @@ def _error(form: Int8, weight: Tensor, x: Tensor) -> float:
 )
 def keeps_perplexity(lab: Lab) -> Verdict:
     """Score SmolLM2 with int8 products in all linear layers of its blocks, and count the outlier columns."""
-    bed = bench(lab, scored=8)
+    bed = bench(lab, scored=2, length=512)
     ours, plain = "LLM.int8()", "vector-wise"
     forms = {ours: LLMInt8(outliers="float16"), plain: NO_DECOMPOSITION}
     verdict = lab.compare(
