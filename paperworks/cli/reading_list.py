@@ -113,7 +113,8 @@ def _print_rows(rows: list[Row]) -> None:
 
     console = Console(highlight=False)
     cells = [_cells(entry, record) for entry, record in rows]
-    key, count, evidence = (max((len(cell[column]) for cell in cells), default=0) for column in (1, 4, 5))
+    key, count = (max((len(cell[column]) for cell in cells), default=0) for column in (1, 4))
+    evidence = max((len(_short(cell[5])) for cell in cells), default=0)
     for family, members in groupby(rows, key=lambda row: row[0].family):
         console.print(f"[bold]{family}[/]")
         for entry, record in members:
@@ -131,7 +132,7 @@ def _line(entry: Entry, record: Recorded, widths: tuple[int, int, int], width: i
         f"  {link}{' ' * (key - len(entry.key))}",
         f"[dim]{entry.year}[/]",
         f"[{record.color()}]{record.reproduced():<{count}}[/]",
-        f"{reach(entry):<{evidence}}",
+        f"{_short(reach(entry)):<{evidence}}",
     ]
     marks = ", ".join(record.marks())
     if marks:
@@ -142,6 +143,11 @@ def _line(entry: Entry, record: Recorded, widths: tuple[int, int, int], width: i
         title = entry.title if len(entry.title) <= room else entry.title[: room - 1].rstrip() + "…"
         parts.append(f"[dim]{escape(title)}[/]")
     return "  ".join(parts)
+
+
+def _short(evidence: str) -> str:
+    """Reach in a column of a terminal; `show` says which claim reaches how far."""
+    return "mixed" if "+" in evidence else evidence
 
 
 def _tally(rows: list[Row]) -> str:
