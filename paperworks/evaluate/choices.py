@@ -32,7 +32,7 @@ class ChoiceScores:
     unconditional: Float[Tensor, " choices"] | None = None
 
     def by(self, rule: Rule) -> Float[Tensor, " choices"]:
-        """What is compared.
+        """Scores of the choices by which they are compared.
 
         "sum": the log probability; "mean": that a token (most tasks of GPT-3); "unconditional": log of
         p(completion | context) / p(completion | "Answer: ") (ARC, OpenBookQA, RACE).

@@ -185,7 +185,7 @@ class TextStream:
         return now[len(before) :]
 
     def finish(self) -> str:
-        """What is left: the replacement characters of bytes that never became a character."""
+        """Remaining text: the replacement characters of bytes that never became a character."""
         before, now = self._decode(self._ids[: self._given]), self._decode(self._ids)
         self._ids, self._given = [], 0
         return now[len(before) :]

@@ -50,7 +50,7 @@ class Handwriting(Spec):
 
 
 class Pen(NamedTuple):
-    """What is carried from step to step."""
+    """State that one step hands to the next."""
 
     first: tuple[Tensor, ...]  # hidden and cell of the layer that moves the window
     kappa: Float[Tensor, "batch window"]

@@ -39,13 +39,13 @@ class RelativeModule(nn.Module):
     def scores(
         self, queries: Float[Tensor, "batch heads query head_dim"], distance: Int[Tensor, "query key"]
     ) -> Float[Tensor, "batch heads query key"]:
-        """What is added to the scaled scores."""
+        """Numbers to add to the scaled scores."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it adds to scores")
 
     def values(
         self, pattern: Float[Tensor, "batch heads query key"], distance: Int[Tensor, "query key"]
     ) -> Float[Tensor, "batch heads query head_dim"]:
-        """What is added to the heads' outputs."""
+        """Vectors to add to the heads' outputs."""
         raise NotImplementedError(f"{type(self).__name__} adds nothing to the values")
 
     def shares(self) -> object | None:

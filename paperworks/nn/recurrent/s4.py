@@ -101,7 +101,7 @@ class S4Module(nn.Module):
             self.initialize(Context())
 
     def state_space_parameters(self) -> list[nn.Parameter]:
-        """What is trained at the state space's own rate."""
+        """The parameters of the state space, which are trained at a rate of their own."""
         return list(self.parameters(recurse=False))
 
     @torch.no_grad()

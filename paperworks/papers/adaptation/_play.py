@@ -36,7 +36,7 @@ class Lesson:
 
     @property
     def words(self) -> str:
-        """What is trained on and scored, in words."""
+        """Description of training and scoring, for a note."""
         return (
             f"{self.steps} steps of AdamW on {PER_STEP} windows of {LENGTH} tokens of Shakespeare, scored on "
             f"{self.scored} windows of the last tenth, all drawn by the seed"

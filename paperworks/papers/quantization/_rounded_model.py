@@ -48,7 +48,7 @@ class Bench:
 
     @property
     def words(self) -> str:
-        """What is scored, in words."""
+        """Description of the scored texts, for a note."""
         return (
             f"Scored on {self.scored} windows of {self.length} tokens drawn by the seed, half Shakespeare, half GSM8K; "
             f"formats that calibrate see {self.calibrated} other windows; embeddings stay as they are"

