@@ -199,7 +199,7 @@ def falls_with_length(lab: Lab) -> Verdict:
 
     verdict = lab.compare(
         arms={"fixed context": arm(FixedContext()), "attention": arm(CrossAttention(heads=1))},
-        # The finding is a fall, which a unit that learns nothing does not show; attention shows it is the vector that loses.
+        # The finding is a fall, which a unit that learns nothing does not show; attention has none.
         main=Beats("fixed context", "attention", on=f"fall from 4 to {LONGEST} words", by=0.4),
         also=[
             AtLeast("fixed context", 0.95, on="right at 4 words"),
